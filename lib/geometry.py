@@ -1,0 +1,299 @@
+"""Geometry of class means on a graph, and the theory of neighbour mixing.
+
+Measurement. A class mean is the mean activation of one word. A word that was
+not seen has a row of NaN, and every function leaves such rows out together
+with their edges (`absent_nodes` names them); none becomes a zero vector.
+
+Theory. Node vectors e_i, iid N(0, I) in d dimensions, mixed to X = M E, have
+expected Gram matrix X X^T / d = M M^T. Principal components and Dirichlet
+energy depend on the centred Gram matrix alone, so as d grows both are known in
+closed form from the graph.
+
+Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import scipy.spatial
+
+from lib.walks import Graph
+
+
+class PCA(NamedTuple):
+    """Principal components of points [node, d]; rows of absent nodes are NaN."""
+
+    projection: np.ndarray  # [node, k]
+    components: np.ndarray  # [k, d], orthonormal rows
+    explained: np.ndarray  # [k], share of the variance
+
+
+class ClassSums:
+    """Class means of activations that arrive in batches.
+
+    Args:
+        n_nodes: number of classes.
+
+    `add` any number of batches, then `means()`; the result equals `class_means` of all of them.
+    """
+
+    def __init__(self, n_nodes: int):
+        self.counts = np.zeros(n_nodes, dtype=np.int64)  # [node]
+        self.sums: np.ndarray | float = 0.0  # [..., node, d] after the first batch
+
+    def add(self, stream: np.ndarray, nodes: np.ndarray) -> ClassSums:
+        """Accumulate activations [..., walk, token, d] at nodes int [walk, token]."""
+        stream, nodes = np.asarray(stream), np.asarray(nodes)
+        if stream.shape[-3:-1] != nodes.shape:
+            raise ValueError(f"stream must be [..., walk, token, d] with [walk, token] = {nodes.shape}, "
+                             f"not {stream.shape}")
+        one_hot = np.arange(len(self.counts))[:, None] == nodes.reshape(1, -1)  # [node, walk * token]
+        flat = stream.reshape(*stream.shape[:-3], -1, stream.shape[-1]).astype(np.float64)
+        self.sums = self.sums + one_hot.astype(np.float64) @ flat
+        self.counts += one_hot.sum(axis=1)
+        return self
+
+    def means(self) -> np.ndarray:
+        """[..., node, d]; NaN for a word that was never seen."""
+        seen = np.where(self.counts > 0, self.counts, np.nan)
+        return self.sums / seen[:, None]
+
+
+def class_means(stream: np.ndarray, nodes: np.ndarray, n_nodes: int) -> np.ndarray:
+    """Mean activation of each word.
+
+    Args:
+        stream: [..., walk, token, d] activations, such as the residual stream at one layer. Leading
+            axes (layers, conditions) are kept.
+        nodes: int [walk, token], the word at each position.
+
+    Returns:
+        [..., node, d] float64; a word that never occurs is a row of NaN, not of zeros.
+    """
+    return ClassSums(n_nodes).add(stream, nodes).means()
+
+
+def absent_nodes(points: np.ndarray) -> np.ndarray:
+    """int [absent]: the nodes that the statistics of points [node, d] leave out."""
+    return np.flatnonzero(~_present(np.asarray(points)))
+
+
+def pca(points: np.ndarray, k: int = 2) -> PCA:
+    """Top k principal components of points [node, d], by SVD of the centred present rows.
+
+    The sign of each component is fixed: its largest entry in the projection is positive.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    present = _present(points, at_least=k + 1)
+    centred = points[present] - points[present].mean(axis=0)
+    u, s, vt = np.linalg.svd(centred, full_matrices=False)
+    if k > len(s):
+        raise ValueError(f"k={k} components asked of points with {points.shape[1]} dimensions; lower k")
+    if s[0] == 0:
+        raise ValueError("all class means coincide: there is no direction of variance to show")
+    scores = u[:, :k] * s[:k]
+    sign = np.sign(scores[np.abs(scores).argmax(axis=0), np.arange(k)])
+    sign[sign == 0] = 1
+    projection = np.full((len(points), k), np.nan)
+    projection[present] = scores * sign
+    return PCA(projection, vt[:k] * sign[:, None], s[:k] ** 2 / (s**2).sum())
+
+
+def dirichlet_energy(points: np.ndarray, graph: Graph) -> float:
+    """Normalised Dirichlet energy: sum over edges |x_i - x_j|^2 / sum over nodes |x_i - mean|^2.
+
+    Low when neighbours lie together. Permuting the words gives 2 n_edges / (n_nodes - 1) on
+    average, whatever the points: 3.2 on the 4x4 grid. Arditi (2026) takes it of the 2-D PCA
+    projection: pass `pca(means).projection` for that, the means themselves for the full space.
+    Absent nodes are left out with their edges.
+    """
+    points, adjacency, _ = _present_part(points, graph)
+    centred = points - points.mean(axis=0)
+    variance = (centred**2).sum()
+    if variance == 0:
+        raise ValueError("all points coincide: the Dirichlet energy is not defined")
+    i, j = np.nonzero(np.triu(adjacency))
+    return float(((points[i] - points[j]) ** 2).sum() / variance)
+
+
+def procrustes_distance(points2d: np.ndarray, graph: Graph) -> float:
+    """Disparity between points [node, 2] and the drawn graph: 0 (same up to similarity) to 1.
+
+    Share of the graph positions' variance that no shift, scaling, rotation or reflection of the
+    points explains.
+    """
+    points, _, positions = _present_part(points2d, graph, at_least=3)
+    if points.shape[1] != 2:
+        raise ValueError(f"points2d must be [node, 2], not {np.shape(points2d)}; project by pca first")
+    return float(scipy.spatial.procrustes(positions, points)[2])
+
+
+def neighbour_separation(points: np.ndarray, graph: Graph) -> float:
+    """Probability that a pair of neighbours lies closer than a pair of non-neighbours.
+
+    The area under the ROC curve of distance as a test for "is an edge" (ties count half): .5 for
+    chance, 1 for every edge shorter than every non-edge, as on the drawn grid, below .5 for a
+    checkerboard. Unlike a ratio of mean distances it has a fixed chance level, does not depend on
+    scale and is not ruled by one outlying word.
+    """
+    points, adjacency, _ = _present_part(points, graph)
+    distances = scipy.spatial.distance.pdist(points)
+    is_edge = adjacency[np.triu_indices(len(points), 1)]
+    if is_edge.all() or not is_edge.any():
+        raise ValueError(f"{graph.name}: the present words need an edge and a non-edge to compare")
+    edge, other = distances[is_edge][:, None], distances[~is_edge]
+    return float(((edge < other) + 0.5 * (edge == other)).mean())
+
+
+def shuffled_label_null(
+    statistic: Callable[[np.ndarray, Graph], float], points: np.ndarray, graph: Graph, n: int, seed: int
+) -> np.ndarray:
+    """The statistic of the same points with their words shuffled, [n].
+
+    Keeps the cloud and forgets which word is where. Absent words stay absent.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    present = np.flatnonzero(_present(points))
+    rng = np.random.default_rng(seed)
+    null = np.empty(n)
+    for trial in range(n):
+        shuffled = points.copy()
+        shuffled[present] = points[rng.permutation(present)]
+        null[trial] = statistic(shuffled, graph)
+    return null
+
+
+def permutation_p_value(observed: float, null: np.ndarray, tail: str) -> float:
+    """One-sided p-value (1 + count) / (1 + n), which is never 0.
+
+    Args:
+        tail: "lower" counts null values <= observed (energies, distances), "upper" those >=.
+    """
+    if tail not in ("lower", "upper"):
+        raise ValueError(f"tail must be 'lower' or 'upper', not {tail!r}")
+    null = np.asarray(null)
+    count = (null <= observed).sum() if tail == "lower" else (null >= observed).sum()
+    return float((1 + count) / (1 + len(null)))
+
+
+def participation_ratio(singular_values: np.ndarray) -> float:
+    """(sum s^2)^2 / sum s^4: how many directions share the variance, 1 to their number."""
+    variance = np.asarray(singular_values, dtype=np.float64) ** 2
+    return float(variance.sum() ** 2 / (variance**2).sum())
+
+
+def effective_rank(singular_values: np.ndarray) -> float:
+    """exp of the entropy of s / sum s (Roy & Vetterli 2007), 1 to their number."""
+    share = np.asarray(singular_values, dtype=np.float64)
+    share = share[share > 0] / share.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def neighbour_mean(graph: Graph) -> np.ndarray:
+    """[node, node]: the matrix A that takes each node to the mean over its neighbours."""
+    return graph.adjacency / graph.degrees[:, None]
+
+
+def mixing_matrix(graph: Graph, self_weight: float = 1.0, steps: int = 1) -> np.ndarray:
+    """[node, node] M = (self_weight I + A)^steps, A the mean over neighbours; mixed = M @ vectors.
+
+    One step takes e_i to self_weight e_i + mean of e_j over the neighbours j. Self-weight 1 is the
+    toy of Arditi (2026); 0 keeps the neighbours alone.
+    """
+    one_step = self_weight * np.eye(graph.n_nodes) + neighbour_mean(graph)
+    return np.linalg.matrix_power(one_step, steps)
+
+
+def map_gram(graph: Graph, trace: float, squared_norm: float, self_weight: float = 1.0) -> np.ndarray:
+    """Expected Gram matrix / d of self_weight e_i + mean over neighbours of W e_j, for any W [d, d].
+
+    G = s^2 I + s t (A + A^T) + f A A^T with t = tr(W) / d and f = |W|_F^2 / d: of the map only its
+    trace and its norm matter. W = I has t = f = 1 and gives M M^T; an orthogonal projection onto r
+    dimensions has t = f = r / d.
+
+    Args:
+        trace: tr(W) / d.
+        squared_norm: |W|_F^2 / d.
+
+    Returns:
+        [node, node].
+    """
+    mean = neighbour_mean(graph)
+    return (
+        self_weight**2 * np.eye(graph.n_nodes)
+        + self_weight * trace * (mean + mean.T)
+        + squared_norm * mean @ mean.T
+    )
+
+
+def harmonics(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Principal components that a Gram matrix implies: eigenvalues [node] falling, vectors [node, node].
+
+    Column k is what PCA gives, up to sign and scale, as the k-th coordinate of the nodes. Of equal
+    eigenvalues only the span is meaningful.
+    """
+    centring = np.eye(len(gram)) - 1 / len(gram)
+    values, vectors = np.linalg.eigh(centring @ gram @ centring)
+    return values[::-1], vectors[:, ::-1]
+
+
+def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: float | None = None) -> float:
+    """Dirichlet energy of a cloud with this Gram matrix, of all of it or of its top k components.
+
+    With eigenvalues l_i and eigenvectors v_i of the centred Gram matrix and the graph Laplacian L,
+    E = sum l_i v_i^T L v_i / sum l_i. Exact for the Gram matrix of given points; the limit of many
+    dimensions for an expected one. Where the cut falls among equal eigenvalues, their mean
+    v^T L v is taken.
+
+    Args:
+        gram: [node, node], given or expected (`map_gram`, M @ M.T, + sigma^2 I under noise).
+        k: number of components, None for the full space.
+        d: number of dimensions of a Gaussian cloud, to first order in 1 / d: sampling noise mixes
+            each component with those of nearby variance (Anderson 1963, Lawley 1956). None for
+            the limit. Trust it while it is a small correction.
+    """
+    laplacian = np.diag(graph.degrees) - graph.adjacency
+    values, vectors = harmonics(gram)
+    values = np.clip(values, 0, None)
+    roughness = np.einsum("ik,ij,jk->k", vectors, laplacian, vectors)  # v^T L v
+    group = np.cumsum(np.abs(np.diff(values, prepend=values[0])) > 1e-9 * values[0])
+    same = group[:, None] == group
+    roughness = (same @ roughness) / same.sum(axis=1)
+    if k is None:
+        return float(values @ roughness / values.sum())
+    if d is not None:
+        gap = np.where(same, np.inf, values[:, None] - values)
+        overlap = np.outer(values, values) / (d * gap**2)  # expected square of <sample v_i, v_j>
+        roughness, values = (
+            roughness + (overlap * (roughness - roughness[:, None])).sum(axis=1),
+            values * (1 + (values / gap).sum(axis=1) / d),
+        )
+    return float(values[:k] @ roughness[:k] / values[:k].sum())
+
+
+def _present(points: np.ndarray, at_least: int = 2) -> np.ndarray:
+    """bool [node]: rows that are seen. A row that is NaN or infinite in part is an error."""
+    if points.ndim != 2:
+        raise ValueError(f"points must be [node, d], not {points.shape}")
+    finite = np.isfinite(points).all(axis=1)
+    broken = np.flatnonzero(~finite & ~np.isnan(points).all(axis=1))
+    if len(broken):
+        raise ValueError(f"node {broken[0]} is NaN or infinite in part; an absent node is NaN throughout")
+    if finite.sum() < at_least:
+        raise ValueError(f"only {finite.sum()} of {len(points)} words are present, {at_least} needed; "
+                         "take a longer window or more walks")
+    return finite
+
+
+def _present_part(
+    points: np.ndarray, graph: Graph, at_least: int = 2
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points, adjacency and drawn positions of the present nodes."""
+    points = np.asarray(points, dtype=np.float64)
+    if len(points) != graph.n_nodes:
+        raise ValueError(f"{len(points)} points for {graph.name} of {graph.n_nodes} nodes")
+    present = _present(points, at_least)
+    return points[present], graph.adjacency[np.ix_(present, present)], graph.positions[present]
