@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx as nx
@@ -30,8 +30,8 @@ class Graph:
     """
 
     name: str
-    adjacency: np.ndarray
-    positions: np.ndarray
+    adjacency: np.ndarray = field(repr=False)
+    positions: np.ndarray = field(repr=False)
     words: tuple[str, ...] = ()
 
     def __post_init__(self):

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lib.walks import Graph, graph_from_edges, grid_graph, hexagonal_graph, random_walks, ring_graph
+from lib.walks import rule_following_accuracy as accuracy
+
+WORDS = "apple bird car egg house milk plane opera box sand sun mango rock math code phone".split()
+
+
+def test_grid_joins_words_that_stand_next_to_each_other():
+    grid = grid_graph(4, 4, WORDS)
+    rows = np.array(WORDS).reshape(4, 4)
+    beside = {frozenset(pair) for r in range(4) for pair in zip(rows[r, :-1], rows[r, 1:], strict=True)}
+    below = {frozenset(pair) for r in range(3) for pair in zip(rows[r], rows[r + 1], strict=True)}
+    assert {frozenset((WORDS[i], WORDS[j])) for i, j in grid.edges} == beside | below
+    assert len(grid.edges) == 24 and grid.is_bipartite
+    # Drawn as it is written: one unit to the right is the next column, one down the next row.
+    assert (grid.positions[1] - grid.positions[0]).tolist() == [1, 0]
+    assert (grid.positions[4] - grid.positions[0]).tolist() == [0, -1]
+    assert all(grid.parity[i] == -grid.parity[j] for i, j in grid.edges)
+
+
+def test_ring_and_honeycomb_have_the_degrees_and_edge_lengths_of_their_lattice():
+    ring = ring_graph(7)
+    assert set(ring.degrees) == {2} and len(ring.edges) == 7 and not ring.is_bipartite
+    with pytest.raises(ValueError, match="ring of 7 is not bipartite"):
+        ring.parity  # noqa: B018
+    honeycomb = hexagonal_graph(2, 3)
+    assert set(honeycomb.degrees) == {2, 3} and honeycomb.is_bipartite
+    assert honeycomb.n_nodes == 22 and len(honeycomb.edges) == 22 + 6 - 1  # Euler: E = V + faces - 1
+    heights = honeycomb.positions[:, 1]
+    assert (np.diff(heights) <= 1e-6).all(), "nodes are numbered from the top line down"
+    for graph in (ring, honeycomb):
+        i, j = graph.edges.T
+        lengths = np.linalg.norm(graph.positions[i] - graph.positions[j], axis=1)
+        assert np.allclose(lengths, lengths[0])
+
+
+def test_edge_list_takes_strings_and_pairs_and_numbers_words_by_appearance():
+    graph = graph_from_edges(["sun-moon", ("moon", "star"), "star - sun", "moon-sun"])
+    assert graph.words == ("sun", "moon", "star") and len(graph.edges) == 3
+    ordered = graph_from_edges(["sun-moon", "moon-star"], words=("star", "moon", "sun"))
+    assert ordered.edges.tolist() == [[0, 1], [1, 2]] and np.isfinite(ordered.positions).all()
+
+
+@pytest.mark.parametrize("edges, words, message", [
+    (["aple-bird"], ("apple", "bird"), r"'aple-bird' names the unknown word 'aple'; did you mean 'apple'\?"),
+    (["zzz-bird"], ("apple", "bird"), r"unknown word 'zzz'; known words: apple bird"),
+    (["apple-bird-car"], (), r"'apple-bird-car' is not a pair of words; write 'apple-bird'"),
+    (["apple-"], (), r"'apple-' is not a pair"),
+    (["apple-apple", "apple-bird"], (), r"'apple' is joined to itself"),
+    (["apple-bird", "car-egg"], (), r"disconnected.* 2 components by an edge: apple bird \| car egg"),
+    (["apple-bird"], ("apple", "bird", "car"), r"disconnected.*apple bird \| car"),
+    (["apple-bird"], ("apple", "bird", "apple"), r"repeated: apple"),
+    ([], (), r"the edge list is empty"),
+])  # fmt: skip
+def test_a_bad_edge_list_names_its_culprit(edges, words, message):
+    with pytest.raises(ValueError, match=message):
+        graph_from_edges(edges, words)
+
+
+@pytest.mark.parametrize("build, message", [
+    (lambda: grid_graph(4, 4, WORDS[:15]), r"4x4 grid has 16 nodes and 15 words were given"),
+    (lambda: grid_graph(2, 2, ["a", "b", "a", "c"]), r"repeated: a"),
+    (lambda: grid_graph(0, 4), r"a grid needs rows >= 1, not 0"),
+    (lambda: grid_graph(1, 1), r"adjacency must be \[node, node\], n >= 2"),
+    (lambda: ring_graph(2), r"a ring needs n >= 3, not 2"),
+    (lambda: random_walks(ring_graph(3), 0, 5, seed=0), r"n_walks >= 1"),
+    (lambda: Graph("g", np.array([[0, 1], [0, 0]]), np.zeros((2, 2))), r"'0' -> '1' has no way back"),
+    (lambda: Graph("g", 1 - np.eye(3), np.zeros((2, 2))), r"positions must be \[3, 2\]"),
+])  # fmt: skip
+def test_a_bad_graph_names_its_culprit(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_graph_stays_as_it_was_checked():
+    adjacency = ~np.eye(3, dtype=bool)
+    graph = Graph("triangle", adjacency, np.zeros((3, 2)))
+    adjacency[0, 1] = False
+    assert graph.adjacency[0, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        graph.adjacency[0, 1] = False
+
+
+def test_walks_follow_edges_from_every_start():
+    grid = grid_graph(4, 4)
+    walks = random_walks(grid, n_walks=20, length=50, seed=3)
+    assert walks.dtype == np.int64 and walks[:, 0].tolist() == [*range(16), 0, 1, 2, 3]
+    assert grid.adjacency[walks[:, :-1], walks[:, 1:]].all()
+
+
+def test_next_node_is_uniform_over_the_neighbours():
+    grid = grid_graph(3, 3)
+    walks = random_walks(grid, n_walks=200, length=500, seed=0)
+    counts = np.zeros((9, 9))
+    np.add.at(counts, (walks[:, :-1], walks[:, 1:]), 1)
+    share = counts / counts.sum(1, keepdims=True)
+    expected = grid.adjacency / grid.degrees[:, None]
+    standard_error = np.sqrt(expected * (1 - expected) / counts.sum(1, keepdims=True))
+    assert (np.abs(share - expected) <= 4.5 * standard_error + 1e-12).all()
+
+
+def test_walk_is_a_function_of_seed_and_number_alone():
+    grid = grid_graph(3, 4)
+    walks = random_walks(grid, n_walks=8, length=30, seed=1)
+    np.random.seed(5)  # the global generator plays no part
+    longer = random_walks(grid, n_walks=12, length=60, seed=1)
+    assert (longer[:8, :30] == walks).all()
+    assert (random_walks(grid, n_walks=8, length=30, seed=2) != walks).any()
+    assert not (longer[0] == longer[-1]).all(), "walks from different starts differ"
+    assert len({tuple(walk[1:]) for walk in random_walks(ring_graph(3), 30, 60, seed=0)}) == 30
+
+
+def test_accuracy_equals_the_naive_sum_over_neighbours():
+    grid = grid_graph(2, 3)
+    walks = random_walks(grid, n_walks=4, length=7, seed=0)
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(10), size=(2, 4, 7))[..., :6]
+    naive = np.zeros((2, 4, 7))
+    for c in range(2):
+        for w in range(4):
+            for t in range(7):
+                for node in range(6):
+                    if grid.adjacency[walks[w, t], node]:
+                        naive[c, w, t] += probabilities[c, w, t, node]
+    assert np.allclose(accuracy(probabilities, walks, grid), naive)
+
+
+def test_accuracy_of_the_true_walker_is_one_and_of_a_uniform_guess_the_mean_degree():
+    grid = grid_graph(4, 4)
+    walks = random_walks(grid, n_walks=16, length=400, seed=0)
+    truth = (grid.adjacency / grid.degrees[:, None])[walks]
+    assert np.allclose(accuracy(truth, walks, grid), 1)
+    uniform = accuracy(np.full((16, 400, 16), 1 / 16), walks, grid)
+    assert np.array_equal(uniform, grid.degrees[walks] / 16)
+    with pytest.raises(ValueError, match=r"\[walk, token, node\] = \(16, 400, 16\), not \(16, 399, 16\)"):
+        accuracy(truth[:, 1:], walks, grid)
