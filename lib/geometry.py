@@ -207,12 +207,56 @@ def mixing_matrix(graph: Graph, self_weight: float = 1.0, steps: int = 1) -> np.
     return np.linalg.matrix_power(one_step, steps)
 
 
+def simulate_mixing(
+    graph: Graph,
+    d: int,
+    *,
+    self_weight: float = 1.0,
+    steps: int = 1,
+    rank: int | None = None,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Random node vectors after mixing, [node, d].
+
+    Args:
+        d: number of dimensions of the iid N(0, 1) vectors.
+        self_weight, steps: as in `mixing_matrix`.
+        rank: neighbours are seen through an orthogonal projection onto this many dimensions, None
+            for all. Gaussian vectors look alike from every side, so the first coordinates do.
+        noise: standard deviation of the noise added to every coordinate at the end.
+    """
+    rank = d if rank is None else rank
+    if not 0 <= rank <= d:
+        raise ValueError(f"rank must be between 0 and d = {d}, not {rank}")
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((graph.n_nodes, d))
+    mixed = np.hstack([
+        mixing_matrix(graph, self_weight, steps) @ vectors[:, :rank],
+        self_weight**steps * vectors[:, rank:],
+    ])
+    return mixed + noise * rng.standard_normal(mixed.shape) if noise else mixed
+
+
+def mixing_gram(
+    graph: Graph, *, self_weight: float = 1.0, steps: int = 1, rank_share: float = 1.0, noise: float = 0.0
+) -> np.ndarray:
+    """Expected Gram matrix / d of `simulate_mixing`, [node, node]; rank_share is rank / d.
+
+    G = (r/d) M M^T + (1 - r/d) s^(2 steps) I + noise^2 I.
+    """
+    mixing = mixing_matrix(graph, self_weight, steps)
+    unmixed = (1 - rank_share) * self_weight ** (2 * steps) + noise**2
+    return rank_share * mixing @ mixing.T + unmixed * np.eye(graph.n_nodes)
+
+
 def map_gram(graph: Graph, trace: float, squared_norm: float, self_weight: float = 1.0) -> np.ndarray:
     """Expected Gram matrix / d of self_weight e_i + mean over neighbours of W e_j, for any W [d, d].
 
     G = s^2 I + s t (A + A^T) + f A A^T with t = tr(W) / d and f = |W|_F^2 / d: of the map only its
     trace and its norm matter. W = I has t = f = 1 and gives M M^T; an orthogonal projection onto r
-    dimensions has t = f = r / d.
+    dimensions has t = f = r / d. The rank of W rules how far one draw of the vectors strays from
+    this expectation, not the expectation.
 
     Args:
         trace: tr(W) / d.
@@ -249,7 +293,7 @@ def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: fl
     v^T L v is taken.
 
     Args:
-        gram: [node, node], given or expected (`map_gram`, M @ M.T, + sigma^2 I under noise).
+        gram: [node, node], of given points or expected (`mixing_gram`, `map_gram`).
         k: number of components, None for the full space.
         d: number of dimensions of a Gaussian cloud, to first order in 1 / d: sampling noise mixes
             each component with those of nearby variance (Anderson 1963, Lawley 1956). None for

@@ -15,6 +15,7 @@ from lib.geometry import (
     effective_rank,
     harmonics,
     map_gram,
+    mixing_gram,
     mixing_matrix,
     neighbour_mean,
     neighbour_separation,
@@ -24,6 +25,7 @@ from lib.geometry import (
     predicted_energy,
     procrustes_distance,
     shuffled_label_null,
+    simulate_mixing,
 )
 from lib.walks import graph_from_edges, grid_graph, hexagonal_graph, ring_graph
 
@@ -291,9 +293,35 @@ def test_gram_of_any_map_is_known_from_its_trace_and_norm(graph):
 
 
 def test_gram_of_the_identity_and_of_a_projection():
-    assert np.allclose(map_gram(GRID, 1, 1), mixing_matrix(GRID) @ mixing_matrix(GRID).T)
-    # Inside the r dimensions mixing is whole, outside there is none.
-    inside, outside = map_gram(GRID, 1, 1), np.eye(16)
-    assert np.allclose(map_gram(GRID, 0.3, 0.3), 0.3 * inside + 0.7 * outside)
-    noisy = predicted_energy(map_gram(GRID, 1, 1) + 1e6 * np.eye(16), GRID)
-    assert noisy == pytest.approx(3.2, abs=1e-3)
+    assert np.allclose(map_gram(GRID, 1, 1), mixing_gram(GRID))
+    shared = mixing_gram(GRID, self_weight=2, rank_share=0.3)
+    assert np.allclose(map_gram(GRID, 0.3, 0.3, self_weight=2), shared)
+    assert predicted_energy(mixing_gram(GRID, noise=1e3), GRID) == pytest.approx(3.2, abs=1e-3)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"steps": 3}, {"self_weight": 0.0}, {"self_weight": 0.5, "steps": 2, "rank": 10, "noise": 0.8},
+    {"rank": 0}, {"noise": 2.0},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
+def test_simulated_gram_averages_to_the_expected_one(graph, settings):
+    d = 40
+    clouds = [simulate_mixing(graph, d, seed=seed, **settings) for seed in range(2000)]
+    theory = dict(settings)
+    if "rank" in theory:
+        theory["rank_share"] = theory.pop("rank") / d
+    expected = mixing_gram(graph, **theory)
+    simulated = np.mean([points @ points.T / d for points in clouds], axis=0)
+    assert np.abs(simulated - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_coordinate_projection_stands_for_any_projection():
+    # The step with a random orthogonal projection in a rotated basis is the one on coordinates.
+    rotation = ortho_group.rvs(20, random_state=1)
+    vectors = np.random.default_rng(0).standard_normal((16, 20))
+    projection = rotation.T @ np.diag(np.arange(20) < 6) @ rotation
+    turned = vectors @ rotation  # so that the first coordinates of `vectors` are the projection's range
+    mixed = turned + neighbour_mean(GRID) @ turned @ projection.T
+    assert np.allclose(mixed @ rotation.T, simulate_mixing(GRID, 20, rank=6, seed=0))
+    with pytest.raises(ValueError, match="rank must be between 0 and d = 20, not 21"):
+        simulate_mixing(GRID, 20, rank=21)
