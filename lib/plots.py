@@ -1,0 +1,186 @@
+"""House style and the figures that studies share.
+
+Every function takes an axes, draws on it and returns it; none knows a study.
+Hues are Okabe & Ito's, told apart by all common kinds of colour vision; what
+has more kinds than hues is told apart by position and label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.image import AxesImage
+
+from lib.walks import Graph
+
+BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+PURPLE, SKY, GREY, BLACK = "#CC79A7", "#56B4E9", "#7F7F7F", "#000000"
+DIVERGING = "RdBu_r"  # always symmetric about 0
+SEQUENTIAL = "cividis"
+PAGE = 7.0  # figure width in inches, 700 px on a page
+
+
+def use_house_style() -> None:
+    """Set matplotlib's defaults: opaque, legible at 700 px, and equal bytes for an equal figure."""
+    mpl.rcParams.update({
+        "figure.figsize": (PAGE, 3.2),
+        "figure.dpi": 100,
+        "figure.constrained_layout.use": True,
+        "figure.facecolor": "white",
+        "axes.facecolor": "white",
+        "savefig.facecolor": "white",
+        "savefig.transparent": False,
+        "savefig.dpi": 200,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same figure everywhere
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": mpl.cycler(color=[BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK]),
+        "lines.linewidth": 1.6,
+        "lines.markersize": 4.5,
+        "image.cmap": SEQUENTIAL,
+        "svg.hashsalt": "latent-geometry",
+        "svg.fonttype": "path",
+    })
+
+
+def draw_graph(
+    ax: Axes,
+    positions: np.ndarray,
+    graph: Graph,
+    *,
+    labels: Sequence[str] | None = None,
+    values: np.ndarray | None = None,
+    limit: float | None = None,
+    colour: str = BLUE,
+) -> Axes:
+    """Draw points with the graph's edges between them, such as class means in their PCA plane.
+
+    Args:
+        positions: [node, 2]; rows of NaN (words not seen) are left out and named below the axes.
+        labels: text at the nodes; None for the graph's words, () for none. Words are told apart by
+            place and label, not by hue.
+        values: [node], colours the nodes on a diverging map symmetric about 0.
+        limit: value at the ends of that map, None for the largest |value|. Give one to panels that
+            are compared.
+        colour: of all nodes, without values.
+    """
+    positions = np.asarray(positions, dtype=np.float64)
+    if positions.shape != (graph.n_nodes, 2):
+        raise ValueError(f"positions must be [{graph.n_nodes}, 2] for {graph.name}, not {positions.shape}")
+    labels = (graph.words if labels is None else labels) or [""] * graph.n_nodes
+    if len(labels) != graph.n_nodes:
+        raise ValueError(f"{len(labels)} labels for {graph.name} of {graph.n_nodes} nodes")
+    seen = np.isfinite(positions).all(axis=1)
+    edges = graph.edges[seen[graph.edges].all(axis=1)]
+    ax.add_collection(LineCollection(positions[edges], colors="0.72", linewidths=1.0, zorder=1))
+    if values is None:
+        ax.scatter(*positions[seen].T, s=22, color=colour, zorder=2)
+    else:
+        limit = np.abs(values).max() if limit is None else limit
+        ax.scatter(*positions[seen].T, s=90, c=np.asarray(values)[seen], cmap=DIVERGING, vmin=-limit,
+                   vmax=limit, edgecolors="0.3", linewidths=0.6, zorder=2)
+    # One scale for both axes in a square frame, so that panels side by side are of one size.
+    low, high = positions[seen].min(axis=0), positions[seen].max(axis=0)
+    centre, half = (low + high) / 2, 0.65 * (high - low).max()
+    ax.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
+    ax.set(aspect="equal", xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    for node in np.flatnonzero(seen):
+        _label_outwards(ax, labels[node], positions[node], centre, distance=5 if values is None else 7)
+    if not seen.all():
+        absent = ", ".join(label or str(node) for node, label in enumerate(labels) if not seen[node])
+        ax.set_xlabel(f"not seen: {absent}", fontsize=7.5, color=VERMILLION)
+    return ax
+
+
+def draw_band(
+    ax: Axes,
+    x: np.ndarray,
+    middle: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    *,
+    colour: str = BLUE,
+    label: str = "",
+    marker: str = "o",
+) -> Axes:
+    """A line with a band from low to high; the caption says which interval the band is.
+
+    The label stands at the line's right end, in its colour.
+    """
+    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    ax.plot(x, middle, color=colour, marker=marker)
+    return label_end(ax, x, middle, label, colour=colour)
+
+
+def draw_prediction(ax: Axes, x: np.ndarray, y: np.ndarray, *, label: str = "", colour: str = BLACK) -> Axes:
+    """A line that comes from theory: dashed, thin, above what was measured."""
+    ax.plot(x, y, color=colour, linestyle=(0, (4, 2)), linewidth=1.2, zorder=4)
+    return label_end(ax, x, y, label, colour=colour)
+
+
+def draw_level(ax: Axes, y: float, label: str, *, colour: str = GREY) -> Axes:
+    """A horizontal line across the axes, labelled at its right end: chance, a null, a published value."""
+    ax.axhline(y, color=colour, linewidth=1.0, linestyle=":", zorder=0)
+    ax.annotate(label, (1, y), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                ha="right", va="bottom", fontsize=7.5, color=colour)
+    return ax
+
+
+def label_end(ax: Axes, x: np.ndarray, y: np.ndarray, label: str, *, colour: str) -> Axes:
+    """Write a curve's label right of its last point, in its colour."""
+    ax.annotate(label, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", va="center",
+                fontsize=8, color=colour, annotation_clip=False)
+    return ax
+
+
+def draw_matrix(
+    ax: Axes, matrix: np.ndarray, *, limit: float | None = None, labels: Sequence[str] = ()
+) -> AxesImage:
+    """Show a signed matrix on the diverging map, symmetric about 0; returns the image for a colour bar.
+
+    Args:
+        limit: value at the ends of the map, None for the largest |entry|. Give one to panels that
+            are compared, and one colour bar to all of them.
+        labels: names of rows and columns, written at the rows.
+    """
+    limit = np.abs(matrix).max() if limit is None else limit
+    image = ax.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest")
+    ax.set(xticks=[], yticks=range(len(labels)), yticklabels=labels)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return image
+
+
+def _label_outwards(ax: Axes, text: str, point: np.ndarray, centre: np.ndarray, distance: float) -> None:
+    """Write the text `distance` points from the node: on its outer side, or above it well inside."""
+    x, y = point - centre
+    radius = np.hypot(x, y)
+    x, y = (x / radius, y / radius) if radius > 0.3 * np.ptp(ax.get_xlim()) else (0, 1)
+    ax.annotate(
+        text,
+        point,
+        xytext=(distance * x, distance * y),
+        textcoords="offset points",
+        ha="left" if x > 0.5 else "right" if x < -0.5 else "center",
+        va="bottom" if y > 0.3 else "top" if y < -0.3 else "center",
+        fontsize=7.5,
+        path_effects=[patheffects.withStroke(linewidth=2.2, foreground="white")],
+        zorder=3,
+        annotation_clip=False,
+    )
