@@ -297,7 +297,11 @@ def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: fl
         k: number of components, None for the full space.
         d: number of dimensions of a Gaussian cloud, to first order in 1 / d: sampling noise mixes
             each component with those of nearby variance (Anderson 1963, Lawley 1956). None for
-            the limit. Trust it while it is a small correction.
+            the limit.
+
+    Returns:
+        The energy; NaN where sampling noise takes over half of a component, which is no small
+        correction.
     """
     laplacian = np.diag(graph.degrees) - graph.adjacency
     values, vectors = harmonics(gram)
@@ -311,6 +315,8 @@ def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: fl
     if d is not None:
         gap = np.where(same, np.inf, values[:, None] - values)
         overlap = np.outer(values, values) / (d * gap**2)  # expected square of <sample v_i, v_j>
+        if overlap[:k].sum(axis=1).max() > 0.5:
+            return float("nan")
         roughness, values = (
             roughness + (overlap * (roughness - roughness[:, None])).sum(axis=1),
             values * (1 + (values / gap).sum(axis=1) / d),

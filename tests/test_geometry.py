@@ -262,6 +262,14 @@ def test_finite_dimension_correction_is_much_closer_than_the_limit(d):
     assert abs(mean - corrected) < 4 * standard_error < 0.2 * (mean - limit)
 
 
+def test_finite_dimension_correction_says_when_it_is_none():
+    few, many = mixing_gram(GRID, rank_share=1 / 64), mixing_gram(GRID, rank_share=1 / 16)
+    assert np.isnan(predicted_energy(few, GRID, k=2, d=4096))  # measured: 2.6
+    assert predicted_energy(many, GRID, k=2, d=4096) == pytest.approx(1.12, abs=0.05)  # measured: 1.12
+    # A cloud without structure has one group of equal variances, which noise does not leave.
+    assert predicted_energy(np.eye(16), GRID, k=2, d=16) == pytest.approx(3.2)
+
+
 def test_neighbours_alone_show_the_two_sides_of_a_bipartite_graph():
     alone = mixing_matrix(GRID, self_weight=0)
     _, vectors = harmonics(alone @ alone.T)
