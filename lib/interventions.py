@@ -1,0 +1,349 @@
+"""Interventions on attention heads, and sweeps over them with the conditions in the batch.
+
+The unit of work is a batch of (condition, sequence) rows: every row carries its
+own mask of ablated heads, so that a sweep is a few large forwards. Conditions
+that ablate the same heads run once, and a row starts at the lowest layer that
+it touches: below that the stream is the baseline's, computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lib.models import TransformersModel, provenance, shape
+from lib.record import Cache
+
+Head = tuple[int, int]  # (layer, head)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A named set of heads to ablate; none is the baseline."""
+
+    name: str
+    heads: frozenset[Head] = frozenset()
+
+    def __init__(self, name: str, heads: Iterable[Head] = ()):
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "heads", frozenset((int(layer), int(head)) for layer, head in heads))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `ablation_sweep` measured.
+
+    Attributes:
+        conditions: in the order asked.
+        word_probabilities: of each word at the next token, float32 [condition, sequence, token, word].
+        class_sums: residual stream at the input of the read layer, summed over the window's
+            tokens of each class, float32 [condition, sequence, class, d_model].
+        class_counts: number of those tokens [sequence, class].
+        n_forwards: (condition, sequence) rows that were run, of how many asked for.
+    """
+
+    conditions: tuple[Condition, ...]
+    word_probabilities: np.ndarray
+    class_sums: np.ndarray
+    class_counts: np.ndarray
+    n_forwards: tuple[int, int]
+
+    def class_means(self, sequences: np.ndarray | None = None) -> np.ndarray:
+        """Class means [condition, class, d_model], NaN for a class that never occurs.
+
+        Args:
+            sequences: indices to average over, with repetitions for a bootstrap; all by default.
+        """
+        rows = slice(None) if sequences is None else sequences
+        counts = self.class_counts[rows].sum(0)
+        sums = self.class_sums[:, rows].astype(np.float64).sum(1)
+        return sums / np.where(counts > 0, counts, np.nan)[None, :, None]
+
+
+def ablate_heads(block, ablated: torch.Tensor, fill: torch.Tensor | None = None) -> None:
+    """Inside a trace: replace the outputs of heads at one block, before its output projection.
+
+    Args:
+        block: `model.layers[i]`.
+        ablated: bool [batch, head], or [head] for the whole batch.
+        fill: what they become [head, d_head], such as their mean; zero by default.
+    """
+    outputs = block.self_attn.o_proj.input
+    heads = outputs.unflatten(-1, (ablated.shape[-1], -1))  # [batch, token, head, d_head]
+    mask = ablated.to(heads.device).expand(len(heads), -1)[:, None, :, None]
+    replacement = 0.0 if fill is None else fill.to(heads)
+    heads.copy_(torch.where(mask, replacement, heads))
+
+
+def mean_head_outputs(
+    model: TransformersModel, ids: torch.Tensor, *, n_prefix: int = 1, batch_size: int = 0
+) -> torch.Tensor:
+    """Mean output of every head over sequences and positions, for mean ablation.
+
+    Args:
+        model: from `lib.models.load`.
+        ids: reference sequences, apart from those that are ablated [sequence, token].
+        n_prefix: leading tokens (BOS) left out of the mean.
+        batch_size: sequences a forward; 0 chooses by memory.
+
+    Returns:
+        [layer, head, d_head], float32.
+    """
+    sizes = shape(model)
+    total = torch.zeros(sizes.n_layers, sizes.n_heads, sizes.d_head, dtype=torch.float64)
+    for rows in ids.split(batch_size or auto_batch_size(model, ids.shape[1])):
+        with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
+            sums = [
+                block.self_attn.o_proj.input[:, n_prefix:]
+                .unflatten(-1, (sizes.n_heads, -1))
+                .double()
+                .sum((0, 1))
+                for block in model.layers
+            ]
+            batch = torch.stack(sums).cpu().save()
+            tracer.stop()
+        total += batch
+    return (total / (len(ids) * (ids.shape[1] - n_prefix))).float()
+
+
+def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """Sums of activations by class [batch, class, d] of stream [batch, token, d] and labels [batch, token].
+
+    A label of -1 is counted nowhere. Works inside a trace.
+    """
+    one_hot = labels.to(stream.device)[:, None] == torch.arange(n_classes, device=stream.device)[:, None]
+    return one_hot.float() @ stream.float()
+
+
+def word_probabilities(
+    model: TransformersModel, final_stream: torch.Tensor, word_ids: torch.Tensor, max_logits: int = 2**21
+) -> torch.Tensor:
+    """Inside a trace: next-token probabilities of a few words, without keeping the other logits.
+
+    Args:
+        final_stream: `model.norm.output` [batch, token, d_model].
+        word_ids: [word].
+        max_logits: logits that may exist at a time; more tokens are taken in chunks.
+
+    Returns:
+        [batch, token, word], float32: exp of the word's logit minus the log-sum-exp over the vocabulary.
+    """
+    flat = final_stream.flatten(0, 1)
+    chunk = max(1, max_logits // model._module.config.vocab_size)
+    parts = []
+    for rows in flat.split(chunk):
+        logits = model.lm_head(rows).float()
+        parts.append((logits[:, word_ids] - logits.logsumexp(-1, keepdim=True)).exp())
+    return torch.cat(parts).unflatten(0, final_stream.shape[:2])
+
+
+def ablation_sweep(
+    model: TransformersModel,
+    ids: torch.Tensor,
+    conditions: Sequence[Condition],
+    *,
+    word_ids: Sequence[int],
+    labels: np.ndarray,
+    n_classes: int,
+    layer: int,
+    fill: torch.Tensor | None = None,
+    n_prefix: int = 1,
+    batch_size: int = 0,
+    cache: Cache | None = None,
+) -> Sweep:
+    """Run every sequence under every condition and measure predictions and class sums.
+
+    Args:
+        model: from `lib.models.load`.
+        ids: token ids, equal lengths, no padding [sequence, prefix + token].
+        conditions: which heads to ablate in each condition.
+        word_ids: vocabulary ids whose probability is wanted [word].
+        labels: class of each token after the prefix, -1 for none [sequence, token].
+        n_classes: number of classes.
+        layer: class sums are taken at the input of this block; n_layers is the output of the last.
+        fill: outputs that replace those of ablated heads [layer, head, d_head]; zero by default.
+        n_prefix: leading tokens (BOS) that are read by the model and not measured.
+        batch_size: rows a forward; 0 chooses by memory. Halved when memory runs out.
+        cache: keeps every finished batch, so that an interrupted sweep goes on where it was.
+
+    Returns:
+        Sweep.
+
+    Raises:
+        ValueError: a head, layer or sequence that the model does not have, naming it.
+    """
+    sizes = shape(model)
+    _check_heads(conditions, sizes.n_layers, sizes.n_heads)
+    check_length(model, ids.shape[1])
+    if not 0 <= layer <= sizes.n_layers:
+        raise ValueError(f"layer {layer} is not among the {sizes.n_layers} layers (0 to {sizes.n_layers})")
+
+    unique = list(dict.fromkeys([frozenset(), *(condition.heads for condition in conditions)]))
+    masks = torch.zeros(len(unique), sizes.n_layers, sizes.n_heads, dtype=torch.bool)
+    for i, heads in enumerate(unique):
+        for layer_index, head in heads:
+            masks[i, layer_index, head] = True
+    reader = _Reader(model, ids, word_ids, torch.from_numpy(labels), n_classes, layer, n_prefix, masks, fill)
+    rows_per_batch = batch_size or auto_batch_size(model, ids.shape[1])
+    key = {
+        "model": provenance(model),
+        "ids": ids.numpy(),
+        "labels": labels,
+        "word_ids": [int(word) for word in word_ids],
+        "layer": layer,
+        "fill": "zero" if fill is None else fill.numpy(),
+    }
+
+    # Rows in order of the layer at which they start to differ from the baseline.
+    starts = [min((layer_index for layer_index, _ in heads), default=sizes.n_layers) for heads in unique]
+    probabilities = np.empty((len(unique), *labels.shape, len(word_ids)), dtype=np.float32)
+    sums = np.empty((len(unique), len(ids), n_classes, sizes.d_model), dtype=np.float32)
+    for start in sorted(set(starts), reverse=True):  # the baseline (start = n_layers) comes first
+        members = [i for i, first in enumerate(starts) if first == start]
+        rows = [(i, sequence) for i in members for sequence in range(len(ids))]
+        for batch in _batches(rows, rows_per_batch):
+            described = {
+                "rows": [(sorted(unique[i]), sequence) for i, sequence in batch],
+                "batch": rows_per_batch,
+            }
+
+            def compute(batch=batch, start=start):
+                return reader.run(batch, start)
+
+            measured = cache.get("ablation_sweep", key | described, compute) if cache else compute()
+            which = tuple(np.array(batch).T)
+            probabilities[which] = measured["probabilities"]
+            # Below its first ablated head a row's stream is the baseline's.
+            sums[which] = (
+                sums[0, which[1]] if start >= layer and start < sizes.n_layers else measured["class_sums"]
+            )
+
+    order = [unique.index(condition.heads) for condition in conditions]
+    counts = (labels[..., None] == np.arange(n_classes)).sum(1)
+    return Sweep(
+        tuple(conditions),
+        probabilities[order],
+        sums[order],
+        counts,
+        (len(unique) * len(ids), len(conditions) * len(ids)),
+    )
+
+
+def auto_batch_size(model: TransformersModel, length: int) -> int:
+    """Rows a forward whose activations fit the cache of a CPU, or half of the free memory of a GPU."""
+    config = model._module.config
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    parameter = next(model._module.parameters())
+    row_bytes = length * (12 * config.hidden_size + 4 * width) * parameter.element_size()
+    budget = 2**26
+    if parameter.device.type == "cuda":
+        budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
+    return max(1, budget // row_bytes)
+
+
+def check_length(model: TransformersModel, length: int) -> None:
+    """Raise ValueError if sequences of `length` tokens are longer than the model's positions."""
+    limit = shape(model).n_positions
+    if length > limit:
+        raise ValueError(
+            f"{length} tokens (BOS included) are more than the {limit} positions of this model; lower seq_len"
+        )
+
+
+class _Reader:
+    """Runs batches of (condition, sequence) rows; keeps the baseline's stream where rows start."""
+
+    def __init__(self, model, ids, word_ids, labels, n_classes, layer, n_prefix, masks, fill):
+        self.model, self.ids, self.layer, self.n_prefix = model, ids, layer, n_prefix
+        self.word_ids, self.labels, self.n_classes = torch.as_tensor(list(word_ids)), labels, n_classes
+        self.masks, self.fill = masks, fill
+        self.streams: dict[int, torch.Tensor] = {}  # start layer -> baseline stream [sequence, token, d]
+        self.limit: int | None = None  # rows that are known to fit
+
+    def run(self, batch: list[tuple[int, int]], start: int) -> dict[str, np.ndarray]:
+        """Measure rows that all start at block `start`; halves the batch while memory runs out."""
+        pending, done = [batch], []
+        while pending:
+            rows = pending.pop(0)
+            if self.limit and len(rows) > self.limit:
+                pending[:0] = list(_batches(rows, self.limit))
+                continue
+            try:
+                done.append(self._forward(rows, start))
+            except Exception as error:
+                if not _out_of_memory(error) or len(rows) == 1:
+                    raise
+                self.limit = len(rows) // 2
+                pending.insert(0, rows)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
+
+    def _forward(self, rows: list[tuple[int, int]], start: int) -> dict[str, np.ndarray]:
+        model, device = self.model, self.model.device
+        n_layers, n_prefix = len(self.masks[0]), self.n_prefix
+        condition, sequence = (torch.tensor(column) for column in zip(*rows, strict=True))
+        ids, labels, word_ids = self.ids[sequence].to(device), self.labels[sequence], self.word_ids.to(device)
+        masks = self.masks[condition].to(device)  # [batch, layer, head]
+        ablated = masks.any(dim=0).any(dim=-1).tolist()  # [layer]
+        # The baseline runs whole; other rows take its stream up to where they start.
+        first = 0 if start == n_layers else start
+        entry = self._baseline_stream(first)[sequence].to(device) if first else None
+        fills = None if self.fill is None else self.fill.to(device)
+
+        with torch.no_grad(), model.trace(ids, use_cache=False) as tracer:
+            sums = None
+            for index, block in enumerate(model.layers):
+                if index < first:
+                    block.skip(entry)
+                    continue
+                if index == self.layer:
+                    sums = class_sums(block.input[:, n_prefix:], labels, self.n_classes)
+                if ablated[index]:
+                    ablate_heads(block, masks[:, index], None if fills is None else fills[index])
+            if self.layer == n_layers:
+                sums = class_sums(model.layers[-1].output[:, n_prefix:], labels, self.n_classes)
+            words = word_probabilities(model, model.norm.output[:, n_prefix:], word_ids).cpu().save()
+            sums = (words.new_zeros(len(rows), 0) if sums is None else sums).cpu().save()
+            tracer.stop()
+        return {"probabilities": words.numpy(), "class_sums": sums.numpy()}
+
+    def _baseline_stream(self, layer: int) -> torch.Tensor:
+        """Baseline residual stream at the input of a block [sequence, prefix + token, d_model]."""
+        if layer not in self.streams:
+            self.streams.clear()  # rows come by falling start, so the others are done with
+            parts = []
+            for ids in self.ids.split(self.limit or auto_batch_size(self.model, self.ids.shape[1])):
+                with torch.no_grad(), self.model.trace(ids.to(self.model.device), use_cache=False) as tracer:
+                    stream = self.model.layers[layer].input.cpu().save()
+                    tracer.stop()
+                parts.append(stream)
+            self.streams[layer] = torch.cat(parts)
+        return self.streams[layer]
+
+
+def _check_heads(conditions: Sequence[Condition], n_layers: int, n_heads: int) -> None:
+    for condition in conditions:
+        for layer, head in condition.heads:
+            if not (0 <= layer < n_layers and 0 <= head < n_heads):
+                raise ValueError(
+                    f"condition {condition.name!r} ablates head {layer}.{head}; the model has layers 0 to "
+                    f"{n_layers - 1} with heads 0 to {n_heads - 1}"
+                )
+
+
+def _batches(rows: list, size: int) -> Iterator[list]:
+    for i in range(0, len(rows), size):
+        yield rows[i : i + size]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )

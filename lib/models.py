@@ -1,0 +1,354 @@
+"""Load a causal language model by name, checked, with the same sites for every family.
+
+`load` takes an embedded name (`organism/induction`), a local folder or a hub id
+and returns an nnsight model. Whatever the family, these names work in a trace:
+
+    model.layers[i].input / .output         residual stream before / after block i  [batch, token, d_model]
+    model.layers[i].self_attn.o_proj.input  head outputs, concatenated              [batch, token, head * d_head]
+    model.layers[i].self_attn.output[1]     attention probabilities, eager only     [batch, head, query, key]
+    model.layers[i].mlp.output              MLP's contribution to the stream        [batch, token, d_model]
+    model.embed_tokens, model.norm, model.lm_head
+
+Tested on Llama, Mistral, Qwen2, Qwen3, Gemma, Phi3 and GPT-2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from nnsight import TransformersModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lib import ROOT
+
+ORGANISMS = ROOT / "data" / "organisms"
+
+# GPT-2's names -> Llama's. Keys that a family lacks are skipped by nnsight.
+_ALIASES = {
+    "model.layers": "layers",
+    "model.norm": "norm",
+    "model.embed_tokens": "embed_tokens",
+    "transformer.h": "layers",
+    "transformer.ln_f": "norm",
+    "transformer.wte": "embed_tokens",
+    "attn": "self_attn",
+    "attn.c_proj": "attn.o_proj",
+}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded as asked; the message names culprit and remedy."""
+
+
+class ModelShape(NamedTuple):
+    """Sizes that every family names differently."""
+
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_model: int
+    n_vocabulary: int
+    n_positions: int
+
+
+def load(
+    model_id: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> TransformersModel:
+    """Load a causal language model and check what arrived.
+
+    Args:
+        model_id: `organism/NAME`, a local folder in the Hugging Face layout, or a hub id.
+        device: torch device, e.g. "cpu", "cuda", "cuda:1", "mps".
+        dtype: torch dtype by name: "float32", "bfloat16", "float16".
+        revision: hub commit, tag or branch; for an organism a training
+            checkpoint such as "step-00600" (see `checkpoints`).
+        trust_remote_code: run code that comes with the checkpoint. Off unless the user says so.
+
+    Returns:
+        An nnsight model in eval mode without gradients. `provenance(model)` tells where it came from.
+
+    Raises:
+        ModelError: unknown name or device, changed embedded file, missing,
+            unexpected, misshapen or non-finite tensors, or another dtype than asked.
+    """
+    torch_dtype = _dtype(dtype)
+    _check_device(device)
+    embedded = model_id.startswith("organism/")
+    folder = _organism_folder(model_id) if embedded else Path(model_id).expanduser()
+    if embedded:
+        _verify_manifest(model_id, folder)
+    source = str(folder) if folder.is_dir() else model_id
+    # An organism's revision is a checkpoint file inside its folder, not a git revision.
+    options = {"trust_remote_code": trust_remote_code, "revision": None if embedded else revision}
+    # A local folder never needs the network, not even for a look whether a file is newer.
+    options["local_files_only"] = folder.is_dir()
+
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        with _quiet_transformers():
+            module, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=torch_dtype,
+                attn_implementation="sdpa",
+                # Reported by the check below with the file's name, never initialised at random.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _explain_load_failure(model_id, folder, error) from error
+    _check_tensors(model_id, module, report, torch_dtype)
+    if embedded and revision:
+        _load_checkpoint(module, model_id, folder, revision)
+
+    model = wrap(module.to(device).eval().requires_grad_(False), tokenizer)
+    # Plain attribute of the wrapped module, not of the nnsight tree.
+    module._provenance = {
+        "model_id": model_id,
+        "revision": revision or getattr(config, "_commit_hash", None),
+        "weights_sha256": _weights_hash(folder, module, revision if embedded else None),
+        "dtype": dtype,
+        "device": device,
+        "n_parameters": sum(p.numel() for p in module.parameters()),
+    }
+    return model
+
+
+def wrap(module: torch.nn.Module, tokenizer) -> TransformersModel:
+    """Wrap a loaded transformers model so that every family answers to the same names."""
+    return TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=_ALIASES)
+
+
+def provenance(model: TransformersModel) -> dict:
+    """Where a loaded model came from: id, revision, sha256 of its weights, dtype, device, size."""
+    return dict(model._module._provenance)
+
+
+def shape(model: TransformersModel) -> ModelShape:
+    """The sizes of a model, from its configuration."""
+    config = model._module.config
+    n_heads = config.num_attention_heads
+    return ModelShape(
+        n_layers=config.num_hidden_layers,
+        n_heads=n_heads,
+        n_key_value_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        # Qwen3 and Gemma set head_dim apart from d_model / n_heads.
+        d_head=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+        d_model=config.hidden_size,
+        n_vocabulary=config.vocab_size,
+        n_positions=config.max_position_embeddings,
+    )
+
+
+@contextmanager
+def eager_attention(model: TransformersModel) -> Iterator[None]:
+    """Within the block the model computes attention probabilities that a trace can read.
+
+    The default attention (sdpa) never forms them: `self_attn.output[1]` would be None.
+    """
+    module = model._module
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(before)
+
+
+def ov_matrix(model: TransformersModel, layer: int, head: int) -> torch.Tensor:
+    """The OV circuit of a head: what it writes to the stream per unit of (normalised) input.
+
+    Args:
+        model: any supported family; grouped-query heads use the value matrix of their group.
+        layer: block index.
+        head: query-head index.
+
+    Returns:
+        W_OV [d_model, d_model], float64, acting on column vectors: output = W_OV @ input.
+        Biases and the gain of the layer norm before it are not included.
+    """
+    sizes = shape(model)
+    attention = model._module.get_submodule(model.layers[layer].self_attn.path.removeprefix("model."))
+    d_head, group = sizes.d_head, sizes.n_heads // sizes.n_key_value_heads
+    rows = slice(head // group * d_head, (head // group + 1) * d_head)
+    if hasattr(attention, "v_proj"):
+        value = attention.v_proj.weight  # [n_key_value_heads * d_head, d_model]
+    elif hasattr(attention, "qkv_proj"):
+        value = attention.qkv_proj.weight[-sizes.n_key_value_heads * d_head :]
+    else:  # GPT-2's Conv1D keeps [in, out]
+        value = attention.c_attn.weight[:, -sizes.d_model :].T
+    columns = slice(head * d_head, (head + 1) * d_head)
+    if hasattr(attention, "o_proj"):
+        output = attention.o_proj.weight[:, columns]  # [d_model, d_head]
+    else:
+        output = attention.c_proj.weight[columns].T
+    return output.double() @ value[rows].double()
+
+
+def organisms() -> list[str]:
+    """Names of the embedded models that are present, e.g. `organism/induction`."""
+    return sorted(f"organism/{p.parent.name}" for p in ORGANISMS.glob("*/manifest.json"))
+
+
+def checkpoints(model_id: str) -> list[int]:
+    """Training steps whose weights are kept with an embedded model, ascending."""
+    files = (_organism_folder(model_id) / "checkpoints").glob("step-*.safetensors")
+    return sorted(int(f.stem.removeprefix("step-")) for f in files)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record the sha256 of every file of an embedded model, which `load` verifies."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    hashes = {str(p.relative_to(folder)): _sha256(p) for p in files}
+    (folder / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")
+
+
+# -- checks ---------------------------------------------------------------------------------------
+
+
+def _dtype(name: str) -> torch.dtype:
+    allowed = {"float32", "bfloat16", "float16"}
+    if name not in allowed:
+        raise ModelError(f"dtype {name!r} is not one of {', '.join(sorted(allowed))}")
+    return getattr(torch, name)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {device!r} cannot be used here ({reason}); try device='cpu'") from None
+
+
+def _organism_folder(model_id: str) -> Path:
+    folder = ORGANISMS / model_id.removeprefix("organism/")
+    if not (folder / "manifest.json").is_file():
+        known = organisms()
+        close = difflib.get_close_matches(model_id, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ModelError(f"no embedded model {model_id!r}; {hint}embedded models: {', '.join(known)}")
+    return folder
+
+
+def _verify_manifest(model_id: str, folder: Path) -> None:
+    """Every file of an embedded model is the one that was trained and measured."""
+    for name, expected in json.loads((folder / "manifest.json").read_text()).items():
+        path = folder / name
+        # The checkpoints are many megabytes and verified when one of them is asked for.
+        if path.parent.name == "checkpoints":
+            continue
+        _verify_file(model_id, path, expected)
+
+
+def _verify_file(model_id: str, path: Path, expected: str) -> None:
+    remedy = f"restore it with `git checkout -- {path}`"
+    if not path.is_file():
+        raise ModelError(f"{model_id}: {path} is missing; {remedy}")
+    if _sha256(path) != expected:
+        raise ModelError(
+            f"{model_id}: {path} is not the file that was trained (sha256 differs from manifest.json); {remedy}"
+        )
+
+
+def _check_tensors(model_id: str, module: torch.nn.Module, report: dict, dtype: torch.dtype) -> None:
+    for problem in ("missing", "unexpected", "mismatched"):
+        # A mismatch is (name, shape in the file, shape in the model).
+        keys = sorted(str(key) for key in report.get(f"{problem}_keys", ()))
+        if keys:
+            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise ModelError(
+                f"{model_id}: {problem} tensors: {shown}. transformers would have gone on with random or ignored "
+                "weights; get a complete checkpoint that belongs to this config.json"
+            )
+    for name, tensor in module.named_parameters():
+        if tensor.dtype != dtype:
+            raise ModelError(
+                f"{model_id}: {name} is {tensor.dtype}, asked for {dtype}; ask for the checkpoint's"
+            )
+        # The extremes are finite only if every entry is: no mask as large as the tensor.
+        if not torch.stack(tensor.detach().aminmax()).isfinite().all():
+            raise ModelError(
+                f"{model_id}: tensor {name} holds NaN or infinite values; the file is damaged, fetch it again"
+            )
+
+
+def _load_checkpoint(module: torch.nn.Module, model_id: str, folder: Path, revision: str) -> None:
+    path = folder / "checkpoints" / f"{revision}.safetensors"
+    if not path.is_file():
+        known = ", ".join(f"step-{step:05d}" for step in checkpoints(model_id)) or "none"
+        raise ModelError(f"{model_id} has no checkpoint {revision!r}; it has {known}")
+    _verify_file(
+        model_id, path, json.loads((folder / "manifest.json").read_text())[f"checkpoints/{path.name}"]
+    )
+    module.load_state_dict(load_file(path), strict=True)
+
+
+def _explain_load_failure(model_id: str, folder: Path, error: Exception) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if folder.is_dir():
+        return ModelError(f"cannot load {folder}: {first}")
+    return ModelError(
+        f"model_id {model_id!r} is no embedded model ({', '.join(organisms())}), no local folder, and could not be "
+        f"fetched from the hub: {first} With weights elsewhere, pass the folder that holds config.json"
+    )
+
+
+def _weights_hash(folder: Path, module: torch.nn.Module, checkpoint: str | None) -> str:
+    """One sha256 for the weights: of the files where they are at hand, else of the tensors."""
+    if checkpoint:
+        files = [folder / "checkpoints" / f"{checkpoint}.safetensors"]
+    elif folder.is_dir():
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    else:
+        files = []
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(_sha256(path).encode())
+    if not files:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    # The hub's cache stores a blob under its own sha256.
+    target = path.resolve().name
+    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target):
+        return target
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep progress bars and load reports out of notebooks: `load` raises what they would say."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

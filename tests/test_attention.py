@@ -1,0 +1,117 @@
+"""Head scores: equal to a loop over full attention maps, and right about a circuit that was planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, save_tiny, tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lib.attention import attention_spectrum, head_scores, repeated_random_tokens, top_heads
+from lib.models import load, wrap
+
+PERIOD = 6
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_a_loop_over_attention_maps(family, bos, tmp_path):
+    model = load(str(save_tiny(family, tmp_path / family)))
+    tokens = range(2, 30)
+    scores = head_scores(model, tokens, n_sequences=5, period=PERIOD, seed=3, bos=bos, batch_size=2)
+
+    ids = repeated_random_tokens(tokens, 5, PERIOD, seed=3)
+    skip = 0
+    if bos is not None:
+        ids, skip = np.pad(ids, ((0, 0), (1, 0)), constant_values=bos), 1
+    module = model._module
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = module(input_ids=torch.from_numpy(ids), output_attentions=True, use_cache=False).attentions
+    naive = {
+        name: np.zeros((3, 4))
+        for name in ("previous_token", "induction", "duplicate_token", "anti_induction")
+    }
+    offsets = {
+        "previous_token": 1,
+        "induction": PERIOD - 1,
+        "duplicate_token": PERIOD,
+        "anti_induction": PERIOD + 1,
+    }
+    for layer in range(3):
+        for head in range(4):
+            for name, offset in offsets.items():
+                seen = []
+                for sequence in range(5):
+                    for query in range(offset + skip, 2 * PERIOD + skip):
+                        seen.append(maps[layer][sequence, head, query, query - offset].item())
+                naive[name][layer, head] = np.mean(seen)
+    for name, expected in naive.items():
+        np.testing.assert_allclose(getattr(scores, name), expected, rtol=1e-4, atol=1e-7, err_msg=name)
+    assert scores.spectrum.shape == (3, 4, 2 * PERIOD)
+    assert module.config._attn_implementation == "eager"  # as it was found
+
+
+def test_attention_implementation_is_restored(tmp_path):
+    model = load(str(save_tiny("llama", tmp_path / "llama")))
+    head_scores(model, range(2, 30), n_sequences=1, period=4)
+    assert model._module.config._attn_implementation == "sdpa"
+
+
+def test_attention_rows_of_the_spectrum_sum_to_one(tmp_path):
+    """Without a prefix every row sums to one, so offsets weighted by their number of rows do too."""
+    model = load(str(save_tiny("llama", tmp_path / "llama")))
+    spectrum = attention_spectrum(model, torch.randint(2, 30, (3, 10)))
+    rows = np.arange(10, 0, -1)
+    np.testing.assert_allclose((spectrum * rows).sum(-1), 10, rtol=1e-5)
+
+
+def planted_induction_circuit(n_tokens: int = 48, n_positions: int = 32) -> GPT2LMHeadModel:
+    """Head 0.1 attends to the previous token and copies its identity; head 1.0 matches it against the current token.
+
+    The stream holds three one-hot blocks: token, position, previous token. All other heads are zero.
+    """
+    d, d_head, sharp = 2 * n_tokens + n_positions, 64, 60.0
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=n_tokens, n_embd=d, n_layer=2, n_head=2, n_positions=n_positions, n_inner=4)
+    )
+    token, position, previous = 0, n_tokens, n_tokens + n_positions
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for block in model.transformer.h:
+            block.ln_1.weight.fill_(1)
+        model.transformer.wte.weight[:, token : token + n_tokens] = torch.eye(n_tokens)
+        model.transformer.wpe.weight[:, position : position + n_positions] = torch.eye(n_positions)
+        query, key, value = 0, d, 2 * d
+        first, second = (block.attn for block in model.transformer.h)
+        for p in range(n_positions):  # head 0.1: position p looks for p - 1
+            if p:
+                first.c_attn.weight[position + p, query + d_head + p - 1] = sharp
+            first.c_attn.weight[position + p, key + d_head + p] = sharp / 10
+        for t in range(n_tokens):  # ... and writes its token into the third block
+            first.c_attn.weight[token + t, value + d_head + t] = 1
+            first.c_proj.weight[d_head + t, previous + t] = 1
+            second.c_attn.weight[token + t, query + t] = sharp  # head 1.0
+            second.c_attn.weight[previous + t, key + t] = sharp / 10
+    return model.eval()
+
+
+def test_planted_circuit_is_found():
+    model = wrap(planted_induction_circuit(), tokenizer())
+    scores = head_scores(model, range(48), n_sequences=16, period=12)
+    assert top_heads(scores.previous_token, 1) == [(0, 1)]
+    assert top_heads(scores.induction, 1) == [(1, 0)]
+    assert scores.previous_token[0, 1] > 0.95
+    assert scores.induction[1, 0] > 0.7  # tokens drawn twice within a period share the attention
+    assert scores.induction[0].max() < 0.2 and scores.anti_induction.max() < 0.2
+    assert scores.duplicate_token.max() < 0.2
+    # The whole spectrum shows nothing else: the planted offsets are the peaks.
+    assert scores.spectrum[0, 1].argmax() == 1 and scores.spectrum[1, 0].argmax() == 11
+
+
+def test_top_heads_are_ordered_and_ties_are_stable():
+    scores = np.array([[0.1, 0.9], [0.9, 0.5]])
+    assert top_heads(scores) == [(0, 1), (1, 0), (1, 1), (0, 0)]
+    assert top_heads(scores, 2) == [(0, 1), (1, 0)]

@@ -1,0 +1,252 @@
+"""Interventions equal plain torch hooks on every family; sweeps equal one forward at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIGS, FAMILIES, VOCABULARY, WORDS, save_tiny
+
+from lib.interventions import (
+    Condition,
+    ablate_heads,
+    ablation_sweep,
+    class_sums,
+    mean_head_outputs,
+    word_probabilities,
+)
+from lib.models import load, shape
+from lib.record import Cache
+
+CONDITIONS = (
+    Condition("baseline"),
+    Condition("one late", [(2, 1)]),
+    Condition("two layers", [(1, 0), (2, 3)]),
+    Condition("one late, again", [(2, 1)]),
+    Condition("first layer", [(0, 2), (2, 0)]),
+)
+N_CLASSES, LENGTH, LAYER = 5, 12, 2
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory):
+    return load(str(save_tiny(request.param, tmp_path_factory.mktemp(request.param))))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load(str(save_tiny("llama", tmp_path_factory.mktemp("llama"))))
+
+
+def stimulus(n: int = 3) -> tuple[torch.Tensor, np.ndarray]:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, N_CLASSES, size=(n, LENGTH))
+    ids = np.pad(labels + 2, ((0, 0), (1, 0)))
+    return torch.from_numpy(ids), labels
+
+
+def hooked_logits(module, ids, heads, fill=None):
+    """Plain torch: overwrite head slices at the input of the output projection with a forward pre-hook."""
+    blocks = module.model.layers if hasattr(module, "model") else module.transformer.h
+    n_heads = module.config.num_attention_heads
+    captured, handles = {}, []
+    for index, block in enumerate(blocks):
+        attention = block.self_attn if hasattr(block, "self_attn") else block.attn
+        projection = attention.o_proj if hasattr(attention, "o_proj") else attention.c_proj
+
+        def overwrite(_, args, index=index):
+            z = args[0].clone()
+            d_head = z.shape[-1] // n_heads
+            for layer, head in heads:
+                if layer == index:
+                    z[..., head * d_head : (head + 1) * d_head] = 0 if fill is None else fill[layer, head]
+            return (z,)
+
+        handles.append(projection.register_forward_pre_hook(overwrite))
+        handles.append(
+            block.register_forward_pre_hook(lambda _, args, index=index: captured.update({index: args[0]}))
+        )
+    with torch.no_grad():
+        logits = module(input_ids=ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return logits, captured
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+def test_ablation_equals_torch_hooks(model, mode):
+    ids, _ = stimulus()
+    heads = [(0, 1), (1, 3), (2, 0)]
+    fill = mean_head_outputs(model, ids) if mode == "mean" else None
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    for layer, head in heads:
+        mask[layer, head] = True
+    with torch.no_grad(), model.trace(ids, use_cache=False):
+        for index, block in enumerate(model.layers):
+            ablate_heads(block, mask[index], None if fill is None else fill[index])
+        logits = model.lm_head.output.save()
+    expected, _ = hooked_logits(model._module, ids, heads, fill)
+    baseline, _ = hooked_logits(model._module, ids, [])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - baseline).abs().max() > 1e-2  # the ablation did something
+
+
+def test_mean_head_outputs_equal_hooks(model):
+    ids, _ = stimulus()
+    means = mean_head_outputs(model, ids, batch_size=2)
+    module, sizes = model._module, shape(model)
+    blocks = module.model.layers if hasattr(module, "model") else module.transformer.h
+    for index, block in enumerate(blocks):
+        attention = block.self_attn if hasattr(block, "self_attn") else block.attn
+        projection = attention.o_proj if hasattr(attention, "o_proj") else attention.c_proj
+        seen = []
+        handle = projection.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            module(input_ids=ids, use_cache=False)
+        handle.remove()
+        naive = seen[0][:, 1:].reshape(-1, sizes.n_heads, sizes.d_head).mean(0)
+        torch.testing.assert_close(means[index], naive, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+def test_sweep_equals_one_forward_at_a_time(model, mode):
+    ids, labels = stimulus()
+    fill = mean_head_outputs(model, ids) if mode == "mean" else None
+    word_ids = [2, 3, 4, 5, 6]
+    sweep = ablation_sweep(
+        model,
+        ids,
+        CONDITIONS,
+        word_ids=word_ids,
+        labels=labels,
+        n_classes=N_CLASSES,
+        layer=LAYER,
+        fill=fill,
+        batch_size=4,
+    )
+    for c, condition in enumerate(CONDITIONS):
+        logits, streams = hooked_logits(model._module, ids, condition.heads, fill)
+        expected = logits.softmax(-1)[:, 1:, word_ids].numpy()
+        np.testing.assert_allclose(sweep.word_probabilities[c], expected, rtol=1e-4, atol=1e-6)
+        stream = streams[LAYER][:, 1:].numpy()
+        for node in range(N_CLASSES):
+            naive = stream[labels == node].mean(0)
+            np.testing.assert_allclose(sweep.class_means()[c, node], naive, rtol=1e-4, atol=1e-5)
+    # Duplicates of a condition are not run again.
+    assert sweep.n_forwards == (4 * len(ids), 5 * len(ids))
+    np.testing.assert_array_equal(sweep.word_probabilities[1], sweep.word_probabilities[3])
+
+
+def test_reading_after_the_last_layer(llama):
+    ids, labels = stimulus()
+    sweep = ablation_sweep(
+        llama, ids, CONDITIONS[:3], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=3
+    )
+    with torch.no_grad():
+        out = []
+        handle = llama._module.model.layers[-1].register_forward_hook(lambda *args: out.append(args[2]))
+        llama._module(input_ids=ids)
+        handle.remove()
+    naive = np.stack([out[0][:, 1:].numpy()[labels == node].mean(0) for node in range(N_CLASSES)])
+    np.testing.assert_allclose(sweep.class_means()[0], naive, rtol=1e-4, atol=1e-5)
+
+
+def test_class_sums_ignore_negative_labels():
+    stream = torch.randn(2, 6, 3)
+    labels = torch.tensor([[0, 1, -1, 1, 0, -1], [1, 1, 1, -1, -1, -1]])
+    sums = class_sums(stream, labels, 3)
+    torch.testing.assert_close(sums[0, 1], stream[0, 1] + stream[0, 3])
+    torch.testing.assert_close(sums[1, 1], stream[1, :3].sum(0))
+    assert (sums[:, 2] == 0).all()
+
+
+def test_word_probabilities_do_not_depend_on_the_chunk(llama):
+    ids, _ = stimulus()
+    found = []
+    for max_logits in (1, 7 * VOCABULARY, 10**9):
+        with torch.no_grad(), llama.trace(ids, use_cache=False):
+            found.append(
+                word_probabilities(llama, llama.norm.output, torch.tensor([2, 9]), max_logits).save()
+            )
+    expected = llama._module(input_ids=ids).logits.softmax(-1)[..., [2, 9]]
+    for probabilities in found:
+        torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_absent_class_is_nan_not_zero(llama):
+    ids, labels = stimulus()
+    sweep = ablation_sweep(
+        llama, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES + 1, layer=1
+    )
+    assert np.isnan(sweep.class_means()[0, N_CLASSES]).all()
+    assert np.isfinite(sweep.class_means()[0, :N_CLASSES]).all()
+
+
+def test_head_that_the_model_lacks_is_named(llama):
+    ids, labels = stimulus()
+    with pytest.raises(
+        ValueError, match=r"'bad' ablates head 3\.0; the model has layers 0 to 2 with heads 0 to 3"
+    ):
+        ablation_sweep(
+            llama,
+            ids,
+            [Condition("bad", [(3, 0)])],
+            word_ids=[2],
+            labels=labels,
+            n_classes=N_CLASSES,
+            layer=1,
+        )
+
+
+def test_sequences_beyond_the_positions_are_refused(llama):
+    limit = CONFIGS["llama"].max_position_embeddings
+    ids = torch.zeros(1, limit + 1, dtype=torch.long)
+    with pytest.raises(
+        ValueError, match=f"{limit + 1} tokens .* more than the {limit} positions .* lower seq_len"
+    ):
+        ablation_sweep(
+            llama, ids, CONDITIONS[:1], word_ids=[2], labels=np.zeros((1, limit), int), n_classes=1, layer=1
+        )
+
+
+def test_batch_halves_when_memory_runs_out(llama, monkeypatch):
+    """A forward that refuses more than two rows, as a full card does."""
+    ids, labels = stimulus()
+    arguments = dict(word_ids=[2, 3], labels=labels, n_classes=N_CLASSES, layer=LAYER)
+    expected = ablation_sweep(llama, ids, CONDITIONS, batch_size=1, **arguments)
+    sizes = []
+
+    def refuse(_, args):
+        sizes.append(args[0].shape[0])
+        if args[0].shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    handle = llama._module.model.layers[2].register_forward_pre_hook(refuse)
+    try:
+        sweep = ablation_sweep(llama, ids, CONDITIONS, batch_size=9, **arguments)
+    finally:
+        handle.remove()
+    assert max(sizes) > 2 and min(sizes) <= 2
+    np.testing.assert_allclose(sweep.word_probabilities, expected.word_probabilities, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(sweep.class_sums, expected.class_sums, rtol=1e-4, atol=1e-5)
+
+
+def test_cached_sweep_is_the_same_and_runs_nothing(llama, tmp_path):
+    ids, labels = stimulus()
+    arguments = dict(word_ids=[2, 3], labels=labels, n_classes=N_CLASSES, layer=LAYER, batch_size=2)
+    first = ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **arguments)
+    forwards = []
+    handle = llama._module.register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        again = ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **arguments)
+        assert forwards == []
+        ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **(arguments | {"word_ids": [2, 4]}))
+        assert forwards != []  # another question is not answered from the cache
+    finally:
+        handle.remove()
+    np.testing.assert_array_equal(first.word_probabilities, again.word_probabilities)
+    np.testing.assert_array_equal(first.class_sums, again.class_sums)
+
+
+def test_words_of_the_tiny_tokenizer_are_single_tokens(llama):
+    assert [len(llama.tokenizer(f" {word}").input_ids) for word in WORDS] == [2] * len(WORDS)

@@ -1,0 +1,198 @@
+"""Loading: one path for all families, and every damaged folder named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, FAMILIES, save_tiny
+
+from lib import models
+from lib.models import ModelError, load, ov_matrix, provenance, shape
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return save_tiny("llama", tmp_path / "llama")
+
+
+@pytest.fixture
+def organism(tmp_path, monkeypatch) -> Path:
+    """A tiny embedded model `organism/tiny` with one checkpoint."""
+    monkeypatch.setattr(models, "ORGANISMS", tmp_path)
+    target = save_tiny("llama", tmp_path / "tiny")
+    (target / "checkpoints").mkdir()
+    other = save_tiny("llama", tmp_path / "other", seed=1)
+    shutil.copy(other / "model.safetensors", target / "checkpoints" / "step-00010.safetensors")
+    shutil.rmtree(other)
+    models.write_manifest(target)
+    return target
+
+
+def damage(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_same_sites(family, tmp_path):
+    model = load(str(save_tiny(family, tmp_path / family)))
+    sizes, ids = shape(model), torch.arange(2, 11)[None]
+    with torch.no_grad():
+        reference = model._module(input_ids=ids, output_hidden_states=True, use_cache=False)
+    with torch.no_grad(), model.trace(ids, use_cache=False):
+        first = model.layers[0].input.save()
+        heads = model.layers[1].self_attn.o_proj.input.save()
+        mlp = model.layers[1].mlp.output.save()
+        last = model.layers[-1].input.save()
+        normed = model.norm.output.save()
+        logits = model.lm_head.output.save()
+    torch.testing.assert_close(first, reference.hidden_states[0])
+    torch.testing.assert_close(last, reference.hidden_states[-2])
+    torch.testing.assert_close(normed, reference.hidden_states[-1])
+    torch.testing.assert_close(logits, reference.logits)
+    assert heads.shape == (1, 9, sizes.n_heads * sizes.d_head)
+    assert mlp.shape == (1, 9, sizes.d_model)
+    assert sizes.n_layers == 3 and sizes.n_heads == 4 and sizes.n_positions == 96
+    assert not model._module.training and not any(p.requires_grad for p in model._module.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ov_matrix_is_what_the_head_writes(family, tmp_path):
+    """The first token attends to itself alone, so a head's output there is W_OV of its input, up to biases."""
+    model = load(str(save_tiny(family, tmp_path / family)))
+    module, head, layer = model._module, 3, 1
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+    ids, d_head = torch.tensor([[5, 7]]), shape(model).d_head
+    with torch.no_grad(), model.trace(ids, use_cache=False):
+        z = model.layers[layer].self_attn.o_proj.input
+        keep = torch.zeros_like(z)
+        keep[..., head * d_head : (head + 1) * d_head] = 1
+        model.layers[layer].self_attn.o_proj.input = z * keep
+        written = model.layers[layer].self_attn.o_proj.output[0, 0].save()
+    block = (module.model.layers if hasattr(module, "model") else module.transformer.h)[layer]
+    norm = block.input_layernorm if hasattr(block, "input_layernorm") else block.ln_1
+    seen = []
+    handle = norm.register_forward_hook(lambda *args: seen.append(args[2]))
+    module(input_ids=ids, use_cache=False)
+    handle.remove()
+    expected = ov_matrix(model, layer, head) @ seen[0][0, 0].double()
+    torch.testing.assert_close(written.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_provenance_follows_the_weights(folder):
+    first = provenance(load(str(folder)))
+    assert first["n_parameters"] == sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    damage(folder, lambda tensors: tensors["model.norm.weight"].add_(0.5))
+    assert provenance(load(str(folder)))["weights_sha256"] != first["weights_sha256"]
+
+
+def test_dtype_is_kept_as_asked(folder):
+    model = load(str(folder), dtype="bfloat16")
+    assert {p.dtype for p in model._module.parameters()} == {torch.bfloat16}
+    with pytest.raises(ModelError, match="dtype 'float8' is not one of bfloat16, float16, float32"):
+        load(str(folder), dtype="float8")
+
+
+def test_missing_tensor_is_named(folder):
+    damage(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ModelError, match=r"missing tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(str(folder))
+
+
+def test_unexpected_tensor_is_named(folder):
+    damage(folder, lambda tensors: tensors.update({"model.layers.7.extra.weight": torch.zeros(2)}))
+    with pytest.raises(ModelError, match=r"unexpected tensors: model\.layers\.7\.extra\.weight"):
+        load(str(folder))
+
+
+def test_wrong_shape_is_named(folder):
+    damage(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+    with pytest.raises(ModelError, match=r"mismatched tensors: .*model\.norm\.weight.*31.*32"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_tensor_is_named(folder, value):
+    def poison(tensors):
+        tensors["model.layers.2.self_attn.k_proj.weight"][3, 4] = value
+
+    damage(folder, poison)
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.2\.self_attn\.k_proj\.weight holds NaN or infinite"
+    ):
+        load(str(folder))
+
+
+def test_truncated_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=f"cannot load {folder}"):
+        load(str(folder))
+
+
+def test_unknown_names_fail_offline_with_a_remedy(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match=r"no embedded model 'organism/inducton'"):
+        load("organism/inducton")
+
+    def no_network(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(
+        ModelError, match=r"'nobody/no-such-model' is no embedded model .* no local folder, and could not"
+    ):
+        load("nobody/no-such-model")
+
+
+def test_unusable_device_is_named(folder):
+    with pytest.raises(ModelError, match="device 'nonsense' cannot be used here"):
+        load(str(folder), device="nonsense")
+
+
+def test_embedded_model_loads_with_its_checkpoints(organism):
+    final, early = load("organism/tiny"), load("organism/tiny", revision="step-00010")
+    assert models.organisms() == ["organism/tiny"] and models.checkpoints("organism/tiny") == [10]
+    expected = load_file(organism / "checkpoints" / "step-00010.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(early._module.lm_head.weight.data, expected)
+    assert not torch.equal(final._module.lm_head.weight, early._module.lm_head.weight)
+    assert provenance(final)["weights_sha256"] != provenance(early)["weights_sha256"]
+    with pytest.raises(ModelError, match="no checkpoint 'step-99'; it has step-00010"):
+        load("organism/tiny", revision="step-99")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "checkpoints/step-00010.safetensors"])
+def test_a_flipped_bit_in_a_shipped_file_is_noticed(organism, name):
+    path = organism / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    revision = "step-00010" if name.startswith("checkpoints") else None
+    with pytest.raises(ModelError, match=rf"{path} is not the file that was trained"):
+        load("organism/tiny", revision=revision)
+
+
+def test_missing_shipped_file_is_noticed(organism):
+    (organism / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
+        load("organism/tiny")
+
+
+def test_manifest_lists_every_file(organism):
+    listed = set(json.loads((organism / "manifest.json").read_text()))
+    present = {str(p.relative_to(organism)) for p in organism.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert listed == present and "model.safetensors" in listed
+
+
+def test_configs_cover_the_families_of_the_readme():
+    assert set(CONFIGS) == {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2"}
