@@ -1,0 +1,69 @@
+# make run        execute every study; figures and records in figures/, executed notebooks in runs/latest/
+#                 one study, other parameters: make run STUDY=01_induction_ablation ARGS="-p seq_len 200"
+# make test       unit tests, notebooks with small parameters, stored outputs against a fresh run
+# make lab        open JupyterLab
+# make notebooks  execute every study and store its output in notebooks/
+# make organisms  train the embedded models again
+# make bench      time the ablation sweep against the straightforward way
+# make lock       pin the newest versions that pyproject.toml allows
+# make clean      remove what the commands above can write again (.venv stays)
+
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+STUDY ?=
+ARGS ?=
+
+.PHONY: run test lab notebooks organisms bench lock clean
+.DEFAULT_GOAL := run
+
+run: $(STAMP)
+	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests notebooks --nbval
+
+lab: $(STAMP)
+	$(BIN)/python -m jupyterlab notebooks
+
+notebooks: $(STAMP)
+	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) --refresh
+
+organisms: $(STAMP)
+	$(BIN)/python -m lib.organisms induction
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.induction_sweep
+
+# A person's wheels may carry a local version (2.13.0+cpu) that no registry knows: pins are written without it.
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet pip-tools
+	cp requirements.lock .lock.tmp
+	$(BIN)/python -m piptools compile --quiet --upgrade --extra dev --all-build-deps --allow-unsafe \
+	    --strip-extras --annotation-style line --no-emit-index-url --no-emit-find-links --no-header \
+	    --output-file .lock.tmp pyproject.toml
+	{ echo "# Everything that make and environment.yml install; written by 'make lock' from pyproject.toml."; \
+	  sed -E 's/^([^ +]+)\+[^ ]+/\1/' .lock.tmp; } > requirements.lock
+	rm .lock.tmp
+
+clean:
+	rm -rf runs .cache .pytest_cache .ruff_cache
+
+# The stamp comes last: an install that failed half-way is taken up again by the next command.
+$(STAMP): requirements.lock pyproject.toml
+	@rm -f $@
+	@[ -x $(BIN)/python ] || { \
+	  for python in $(PYTHON) python3.11 python3 python3.12 python3.13; do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	    python=""; \
+	  done; \
+	  [ -n "$$python" ] || { \
+	    echo "No Python 3.11 or newer found. Install one, or name it: make run PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	  echo "creating $(VENV) with $$("$$python" -V)"; \
+	  "$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(VENV) has $$($(BIN)/python -V), older than 3.11: remove the folder and run make again" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

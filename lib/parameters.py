@@ -1,0 +1,286 @@
+"""Parameters of the studies: one schema a study, checked before anything heavy is loaded.
+
+papermill passes parameters on as they come: it only warns about a name that the notebook does not
+have, `-p k_values "[1,2]"` stays a string, and `-y` reads 1e-4 as one. `check` reads such values as
+they were meant, or stops with one line for every problem.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from lib.walks import Graph
+
+# Park-25 (arXiv 2501.00070), row by row.
+GRID_WORDS = tuple(
+    "apple bird car egg house milk plane opera box sand sun mango rock math code phone".split()
+)
+
+Schema = TypeVar("Schema", bound="StudyParameters")
+
+
+class ParameterError(ValueError):
+    """Parameters are wrong; the message has one line for each problem."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython shows this in place of the traceback, under which the message would drown.
+        return [f"{type(self).__name__}: {self}"]
+
+
+def check(schema: type[Schema], namespace: Mapping[str, Any]) -> Schema:
+    """Read a study's parameters from the variables of its notebook.
+
+    Names are looked for in the notebook's parameters cell and in the cell that papermill injects
+    after it (the newest of each that ran), so that the setup cell can be rerun at any time.
+
+    Args:
+        schema: the study's schema.
+        namespace: `globals()` of the notebook; a parameter it lacks has its default.
+
+    Returns:
+        The parameters, frozen.
+
+    Raises:
+        ParameterError: a name that is no parameter, with the nearest one; a value of the wrong type,
+            out of range, or at odds with another parameter.
+    """
+    names = schema.model_fields
+    problems = [
+        f"{name}: {_no_such_parameter(name, names)}"
+        for name in dict.fromkeys(_names_given(namespace.get("In", ()), names))
+        if name not in names
+    ]
+    try:
+        parameters = schema.model_validate({name: namespace[name] for name in names if name in namespace})
+    except ValidationError as error:
+        for detail in error.errors():
+            problems += _describe(detail, schema)
+    if problems:
+        raise ParameterError("\n".join(problems))
+    return parameters
+
+
+def schemas() -> dict[str, type[StudyParameters]]:
+    """Every study's schema by the name of the study."""
+    found, classes = {}, [StudyParameters]
+    while classes:
+        cls = classes.pop()
+        classes += cls.__subclasses__()
+        if "study" in vars(cls):
+            found[cls.study] = cls
+    return dict(sorted(found.items()))
+
+
+def _number(value: Any) -> Any:
+    """A numeric string as its number; what is none is left for pydantic to refuse."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")  # pydantic would read True as 1
+    if isinstance(value, str):
+        for read in (int, float):
+            try:
+                return read(value)
+            except ValueError:
+                pass
+    return value
+
+
+def _list(value: Any) -> Any:
+    """A list written as JSON or Python as that list; what is none is left for pydantic to refuse."""
+    if isinstance(value, str):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(value)
+            except (ValueError, SyntaxError):
+                pass
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Wholes = Annotated[list[Annotated[Whole, Field(ge=1)]], BeforeValidator(_list), Field(min_length=1)]
+Words = Annotated[list[str], BeforeValidator(_list)]
+
+
+class StudyParameters(BaseModel):
+    """What every study takes."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=()  # model_id is a name
+    )
+    study: ClassVar[str]
+
+    model_id: str = Field("organism/induction", min_length=1)
+    device: str = Field("cpu", min_length=1)
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    remote: bool = False
+    seed: Whole = Field(0, ge=0, lt=2**32)
+    out_dir: str = ""
+    use_cache: bool = True
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between parameters that are each right: one line each, opening with a name."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyParameters:
+        if problems := list(self.problems()):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class _GraphParameters(StudyParameters):
+    """A study on a word graph."""
+
+    graph: Literal["grid", "ring", "hexagonal", "edges"] = "grid"
+    rows: Whole = Field(4, ge=1)
+    cols: Whole = Field(4, ge=1)
+    edges: Words = []
+
+    def word_graph(self) -> Graph:
+        """The graph that these parameters describe."""
+        raise NotImplementedError
+
+    def problems(self) -> Iterator[str]:
+        if self.edges and self.graph != "edges":
+            yield f"edges: given, but graph is {self.graph!r}; set graph to 'edges', or edges to []"
+            return
+        try:
+            self.word_graph()
+        except ValueError as error:
+            yield f"{'edges' if self.graph == 'edges' else 'graph'}: {error}"
+
+
+class StartHere(StudyParameters):
+    """Notebook 00: what the repository is and the claims of the last run."""
+
+    study: ClassVar[str] = "00_start_here"
+
+
+class InductionAblation(_GraphParameters):
+    """Study 1: which heads carry the in-context grid."""
+
+    study: ClassVar[str] = "01_induction_ablation"
+
+    words: Words = list(GRID_WORDS)
+    seq_len: Whole = Field(400, ge=2)
+    n_walks: Whole = Field(16, ge=2)
+    k_values: Wholes = [1, 2, 4, 8, 16]
+    n_random_sets: Whole = Field(4, ge=1)
+    layer: Whole = Field(-1, ge=-1)
+    window: Whole = Field(200, ge=1)
+    ablation: Literal["zero", "mean"] = "zero"
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+    def word_graph(self) -> Graph:
+        from lib import walks  # networkx: only when there is a graph to build
+
+        if self.graph == "grid":
+            return walks.grid_graph(self.rows, self.cols, self.words)
+        if self.graph == "hexagonal":
+            return walks.hexagonal_graph(self.rows, self.cols, self.words)
+        if self.graph == "ring":
+            return walks.ring_graph(len(self.words), self.words)
+        named = {word.strip() for edge in self.edges for word in edge.split("-")}
+        nodes = [word for word in self.words if word in named] if named <= set(self.words) else self.words
+        return walks.graph_from_edges(self.edges, nodes)
+
+    def problems(self) -> Iterator[str]:
+        if repeated := [word for word, n in Counter(self.words).items() if n > 1]:
+            yield f"words: each may stand once; repeated: {' '.join(repeated)}"
+        else:
+            yield from super().problems()
+        if self.window >= self.seq_len:
+            yield f"window: {self.window} tokens do not fit before the end of seq_len = {self.seq_len}"
+
+
+class NeighborMixing(_GraphParameters):
+    """Study 2: why averaging with neighbours draws the graph."""
+
+    study: ClassVar[str] = "02_neighbor_mixing"
+
+    dim: Whole = Field(4096, ge=2)
+    steps: Whole = Field(1, ge=0)
+    self_weight: Real = 1.0
+    noise: Real = Field(0.0, ge=0)
+    n_seeds: Whole = Field(20, ge=2)
+    ranks: Wholes = [1, 2, 4, 8, 16, 32, 64, 128]
+    dims: Wholes = [16, 64, 256, 1024, 4096]
+
+    def word_graph(self) -> Graph:
+        from lib import walks  # networkx: only when there is a graph to build
+
+        if self.graph == "grid":
+            return walks.grid_graph(self.rows, self.cols)
+        if self.graph == "hexagonal":
+            return walks.hexagonal_graph(self.rows, self.cols)
+        if self.graph == "ring":
+            return walks.ring_graph(self.rows * self.cols)
+        return walks.graph_from_edges(self.edges)
+
+
+def _names_given(history: list[str], declared: Mapping[str, Any]) -> list[str]:
+    """Names assigned in the newest parameters cell and in the newest cell injected after it."""
+    own, injected = [], []
+    for source in history:
+        names, annotated = _assignments(source)
+        if set(annotated) & set(declared):
+            own, injected = names, []
+        elif source.split("\n", 1)[0].strip() == "# Parameters":  # how papermill opens its cell
+            injected = names
+    return own + injected
+
+
+def _assignments(source: str) -> tuple[list[str], list[str]]:
+    """Names, and names with a type, that a cell of nothing but assignments assigns; else none."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return [], []
+    if not all(isinstance(statement, ast.Assign | ast.AnnAssign) for statement in body):
+        return [], []
+    stored = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    annotated = [s.target.id for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
+    return [node.id for node in stored if isinstance(node.ctx, ast.Store)], annotated
+
+
+def _no_such_parameter(name: str, names: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"no such parameter; {hint}"
+
+
+def _describe(detail: Mapping[str, Any], schema: type[StudyParameters]) -> list[str]:
+    """One of pydantic's complaints, in the words of a person who typed a parameter."""
+    if not detail["loc"]:  # from `problems`, which names its parameters itself
+        return str(detail["ctx"]["error"]).splitlines()
+    name, *place = detail["loc"]
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind.startswith("int_"):
+        needed = "a whole number is needed"
+    elif kind.startswith("float_"):
+        needed = "a number is needed"
+    elif kind.startswith("bool_"):
+        needed = "true or false is needed"
+    elif kind == "list_type":
+        example = json.dumps(schema.model_fields[name].default[:2] or ["apple-bird", "bird-car"])
+        needed = f"a list is needed, as in -p {name} '{example}'"
+    elif kind == "literal_error":
+        needed = f"allowed: {context['expected']}"
+    elif kind == "greater_than_equal":
+        needed = f"at least {context['ge']} is needed"
+    elif kind == "value_error":
+        needed = str(context["error"])
+    else:
+        needed = detail["msg"].replace("Input should be", "should be")
+    label = name + "".join(f"[{index}]" for index in place)
+    return [f"{label}: got {reprlib.repr(detail['input'])}; {needed}"]

@@ -1,0 +1,247 @@
+"""Execute the studies and print their claims: `python -m lib.run [--study NAME] [papermill's options]`.
+
+Each notebook runs by papermill in a process of its own, notebook 00 last because it reads the others'
+records. A study succeeded when it left a valid record.json, whatever the notebook says of itself: papermill
+marks cells as completed even where the kernel died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lib import ROOT
+from lib.claims import claims_table
+from lib.record import Record, RecordError, figures_folder, validate_record
+
+_CELL_STARTS = re.compile(r"Executing Cell (\d+)-")
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d .*\| +(INFO|WARNING) ")
+
+
+class Outcome(NamedTuple):
+    """How one study ended: a record, or what went wrong."""
+
+    study: str
+    record: Record | None
+    problem: str
+    seconds: float
+
+
+def main(
+    argv: list[str] | None = None,
+    notebooks: Path = ROOT / "notebooks",
+    output: Path = ROOT / "runs" / "latest",
+) -> int:
+    """Run the command line; returns the exit status, 0 when every study left a valid record."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.run", allow_abbrev=False,
+        description="Execute the studies and print their claims.",
+        epilog="Everything else goes to papermill: -p NAME VALUE, -r NAME STRING, -y YAML, -f FILE.",
+    )
+    parser.add_argument("--study", help="one study, such as 01_induction_ablation or 01")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for each study (%(default)s)")
+    parser.add_argument("--refresh", action="store_true", help="store the outputs in notebooks/")
+    options, papermill_options = parser.parse_known_args(argv)
+    if options.refresh and papermill_options:
+        parser.error("--refresh stores what a run with default parameters shows; leave the parameters out")
+    if any("out_dir" in option for option in papermill_options):
+        parser.error("a run writes to FIGURES_DIR/STUDY; set the variable FIGURES_DIR instead of out_dir")
+    try:
+        chosen = _choose(notebooks, options.study)
+    except LookupError as error:
+        parser.error(str(error))
+
+    output.mkdir(parents=True, exist_ok=True)
+    for notebook in chosen:
+        _record_path(notebook).unlink(missing_ok=True)
+    outcomes = []
+    for notebook in chosen:
+        outcome = run_study(notebook, output / notebook.name, papermill_options, options.timeout)
+        if outcome.record and options.refresh:
+            _refresh(notebook, output / notebook.name)
+        outcomes.append(outcome)
+
+    failed = [outcome for outcome in outcomes if outcome.record is None]
+    print()
+    if records := [outcome.record for outcome in outcomes if outcome.record]:
+        print(claims_table(records))
+    for outcome in failed:
+        print(f"FAILED {outcome.study} (log: {output / outcome.study}.log)\n{outcome.problem}\n")
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} studies left a valid record "
+          f"in {_clock(sum(outcome.seconds for outcome in outcomes))}; "
+          f"figures in {figures_folder()}, notebooks in {output}")
+    return 1 if failed else 0
+
+
+def run_study(notebook: Path, executed: Path, papermill_options: Sequence[str], timeout: float) -> Outcome:
+    """Execute one notebook in a process of its own, with a progress line.
+
+    Args:
+        notebook: its file name is the study's name.
+        executed: where papermill writes the notebook as far as it came; its log goes beside it.
+        papermill_options: such as ["-p", "seq_len", "200"].
+        timeout: seconds, after which the run is stopped and has failed.
+
+    Returns:
+        The outcome; nothing is raised for a notebook that fails.
+    """
+    study, started = notebook.stem, time.monotonic()
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    executed.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "papermill", str(notebook), str(executed), *papermill_options,
+         "--no-progress-bar", "--log-output", "--log-level", "INFO"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    )
+    # papermill adds a cell when it has parameters to pass on.
+    injects = any(word.startswith(("-p", "-r", "-y", "-f", "-b", "--param")) for word in papermill_options)
+    progress = _Progress(study, len(cells) + injects)
+    try:
+        lines = _follow(process, executed.with_suffix(".log"), progress, started + timeout)
+    except KeyboardInterrupt:
+        _stop(process)
+        raise
+    seconds = time.monotonic() - started
+    try:
+        record, problem = validate_record(_record_path(notebook)), ""
+    except RecordError as error:
+        record, problem = None, str(error)
+    if lines is None:
+        record, problem = None, f"  it was stopped: it took longer than {timeout:g} s (--timeout)"
+    elif process.returncode != 0 or record is None:
+        record, problem = None, _last_words(lines, process.returncode, problem)
+    progress.close("done" if record else "FAILED", seconds)
+    return Outcome(study, record, problem, seconds)
+
+
+def _choose(notebooks: Path, study: str | None) -> list[Path]:
+    """Notebooks to run, in order: 00 last."""
+    found = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.stem[:2] == "00", path.stem))
+    names = ", ".join(path.stem for path in found) or "none"
+    if study is None:
+        if not found:
+            raise LookupError(f"no study notebooks in {notebooks}")
+        return found
+    chosen = [path for path in found if path.stem == study] or [p for p in found if p.stem.startswith(study)]
+    if len(chosen) != 1:
+        raise LookupError(f"no study {study!r}; there are: {names}")
+    return chosen
+
+
+def _record_path(notebook: Path) -> Path:
+    return figures_folder() / notebook.stem / "record.json"
+
+
+def _follow(process: subprocess.Popen, log: Path, progress: _Progress, deadline: float) -> list[str] | None:
+    """Pass papermill's log on to file and progress line; returns its lines, or None at the deadline."""
+    arrived: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout:
+            arrived.put(line)
+        arrived.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    lines: list[str] = []
+    with log.open("w", encoding="utf-8") as file:
+        while time.monotonic() < deadline:
+            try:
+                line = arrived.get(timeout=1)
+            except queue.Empty:
+                progress.show()
+                continue
+            if line is None:
+                process.wait()
+                return lines
+            line = _ANSI.sub("", line)
+            file.write(line)
+            file.flush()
+            lines.append(line.rstrip())
+            if found := _CELL_STARTS.search(line):
+                progress.show(int(found[1]))
+    _stop(process)
+    return None
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Stop papermill so that it takes its kernel with it; by force when it does not."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _last_words(lines: list[str], status: int, problem: str) -> str:
+    """What papermill said last: the notebook's own error where there is one."""
+    spoken = [line for line in lines if line.strip() and not _LOG_LINE.match(line)]
+    heads = [i for i, line in enumerate(spoken) if line.startswith("Exception encountered at")]
+    words = [spoken[heads[-1]], *spoken[heads[-1] + 1 :][-11:]] if heads else spoken[-3:]
+    if status < 0:
+        words.append(f"papermill was killed by {signal.Signals(-status).name}")
+    if status == 0:
+        words = [problem]
+    return textwrap.indent("\n".join(words), "  ")
+
+
+def _refresh(notebook: Path, executed: Path) -> None:
+    """Store the executed notebook, without papermill's times and paths, in place of the old one."""
+    document = json.loads(executed.read_text(encoding="utf-8"))
+    document["metadata"].pop("papermill", None)
+    for cell in document["cells"]:
+        for noise in ("papermill", "execution"):
+            cell["metadata"].pop(noise, None)
+        if not cell["metadata"].get("tags", True):
+            del cell["metadata"]["tags"]
+    text = json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True)  # as nbformat writes it
+    notebook.write_text(text + "\n", encoding="utf-8")
+
+
+class _Progress:
+    """One line a study: rewritten in place on a terminal, else a new line every few seconds."""
+
+    def __init__(self, study: str, n_cells: int):
+        self.study, self.n_cells, self.cell = study, n_cells, 0
+        self.started = time.monotonic()
+        self.shown = 0.0
+        self.terminal = sys.stdout.isatty()
+        self.show()
+
+    def show(self, cell: int | None = None) -> None:
+        """Tell that a cell has begun, or only that time goes by."""
+        self.cell = self.cell if cell is None else cell
+        now = time.monotonic()
+        if self.terminal or now - self.shown >= 10:
+            self.shown = now
+            self._write(f"cell {self.cell} of {self.n_cells}", now - self.started, "")
+
+    def close(self, word: str, seconds: float) -> None:
+        place = "" if word == "done" else f" at cell {self.cell} of {self.n_cells}"
+        self._write(word + place, seconds, "\n")
+
+    def _write(self, state: str, seconds: float, end: str) -> None:
+        line = f"{self.study:<24} {state:<28} {_clock(seconds):>7}"
+        print(f"\r{line}" if self.terminal else line, end=end if self.terminal else "\n", flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
