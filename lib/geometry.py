@@ -148,6 +148,25 @@ def neighbour_separation(points: np.ndarray, graph: Graph) -> float:
     return float(((edge < other) + 0.5 * (edge == other)).mean())
 
 
+def in_betweenness(
+    activations: np.ndarray, nodes: np.ndarray, targets: np.ndarray, means: np.ndarray
+) -> np.ndarray:
+    """Where each activation lies on the line from its own word's mean (0) to another word's mean (1).
+
+    Args:
+        activations: [..., d].
+        nodes: int [...], the word of each activation.
+        targets: int [...], the other word, such as the previous one.
+        means: [node, d] class means, best of other sequences than the activations.
+
+    Returns:
+        [...]: (x - m_own) . (m_target - m_own) / |m_target - m_own|^2; NaN where a mean is absent.
+    """
+    own = means[nodes]
+    line = means[targets] - own
+    return ((activations - own) * line).sum(-1) / (line**2).sum(-1)
+
+
 def shuffled_label_null(
     statistic: Callable[[np.ndarray, Graph], float], points: np.ndarray, graph: Graph, n: int, seed: int
 ) -> np.ndarray:
@@ -281,7 +300,7 @@ def harmonics(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     centring = np.eye(len(gram)) - 1 / len(gram)
     values, vectors = np.linalg.eigh(centring @ gram @ centring)
-    return values[::-1], vectors[:, ::-1]
+    return np.clip(values[::-1], 0, None), vectors[:, ::-1]  # a variance that rounds to -1e-16 is 0
 
 
 def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: float | None = None) -> float:
@@ -305,7 +324,6 @@ def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: fl
     """
     laplacian = np.diag(graph.degrees) - graph.adjacency
     values, vectors = harmonics(gram)
-    values = np.clip(values, 0, None)
     roughness = np.einsum("ik,ij,jk->k", vectors, laplacian, vectors)  # v^T L v
     group = np.cumsum(np.abs(np.diff(values, prepend=values[0])) > 1e-9 * values[0])
     same = group[:, None] == group

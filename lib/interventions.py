@@ -8,7 +8,7 @@ it touches: below that the stream is the baseline's, computed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,14 +22,29 @@ Head = tuple[int, int]  # (layer, head)
 
 @dataclass(frozen=True)
 class Condition:
-    """A named set of heads to ablate; none is the baseline."""
+    """A set of heads to ablate; none is the baseline.
+
+    Attributes:
+        name: what the set is, such as "induction".
+        heads: (layer, head) pairs.
+        k: how many were asked for; a layer-matched control may hold fewer.
+        draw: number of the random draw.
+    """
 
     name: str
-    heads: frozenset[Head] = frozenset()
+    heads: frozenset[Head]
+    k: int
+    draw: int
 
-    def __init__(self, name: str, heads: Iterable[Head] = ()):
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "heads", frozenset((int(layer), int(head)) for layer, head in heads))
+    def __init__(self, name: str, heads: Iterable[Head] = (), k: int | None = None, draw: int = 0):
+        heads = frozenset((int(layer), int(head)) for layer, head in heads)
+        for field, value in {
+            "name": name,
+            "heads": heads,
+            "k": len(heads) if k is None else k,
+            "draw": draw,
+        }.items():
+            object.__setattr__(self, field, value)
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,96 @@ def mean_head_outputs(
             tracer.stop()
         total += batch
     return (total / (len(ids) * (ids.shape[1] - n_prefix))).float()
+
+
+def ablation_conditions(
+    ranked: Mapping[str, Sequence[Head]],
+    k_values: Sequence[int],
+    n_draws: int,
+    *,
+    n_layers: int,
+    n_heads: int,
+    seed: int = 0,
+) -> list[Condition]:
+    """Baseline, the top k heads of each list, and random controls of the same size.
+
+    Controls are drawn outside the top max(k) of every list. "random" draws from the whole model;
+    "random like NAME" draws as many heads in every layer as the list NAME has there, or what is left of
+    the layer. Within a draw the sets of the plain control are nested, as those of the lists are.
+
+    Args:
+        ranked: heads by falling score, by name of the list.
+        k_values: sizes of the sets.
+        n_draws: random draws a control and size.
+        n_layers, n_heads: of the model.
+        seed: of the draws.
+
+    Raises:
+        ValueError: more heads than the model has, or than are left for a control.
+    """
+    k_max = max(k_values)
+    if k_max > n_layers * n_heads:
+        raise ValueError(
+            f"k_values: {k_max} heads to ablate, and the model has {n_layers * n_heads}; lower k_values"
+        )
+    listed = {head for heads in ranked.values() for head in heads[:k_max]}
+    pool = [
+        (layer, head) for layer in range(n_layers) for head in range(n_heads) if (layer, head) not in listed
+    ]
+    if len(pool) < k_max:
+        raise ValueError(
+            f"k_values: a random control of {k_max} heads needs as many outside the top {k_max} of "
+            f"{' and '.join(ranked)}; {len(pool)} are left: lower k_values"
+        )
+    conditions = [Condition("baseline")]
+    conditions += [Condition(name, heads[:k], k) for name, heads in ranked.items() for k in k_values]
+    for draw in range(n_draws):
+        order = [pool[i] for i in np.random.default_rng([seed, draw]).permutation(len(pool))]
+        conditions += [Condition("random", order[:k], k, draw) for k in k_values]
+        for name, heads in ranked.items():
+            for k in k_values:
+                layers = [layer for layer, _ in heads[:k]]
+                matched = [
+                    head for layer in set(layers) for head in _of_layer(order, layer)[: layers.count(layer)]
+                ]
+                conditions.append(Condition(f"random like {name}", matched, k, draw))
+    return conditions
+
+
+def layer_class_sums(
+    model: TransformersModel,
+    ids: torch.Tensor,
+    labels: np.ndarray,
+    n_classes: int,
+    *,
+    n_prefix: int = 1,
+    batch_size: int = 0,
+) -> np.ndarray:
+    """Class sums of the residual stream at every layer, of the unablated model.
+
+    Args:
+        model: from `lib.models.load`.
+        ids: token ids [sequence, prefix + token].
+        labels: class of each token after the prefix, -1 for none [sequence, token].
+        n_classes: number of classes.
+        n_prefix: leading tokens that are not measured.
+        batch_size: sequences a forward; 0 chooses by memory.
+
+    Returns:
+        [layer, sequence, class, d_model] float32; layer i is the input of block i, the last entry the
+        output of the last block.
+    """
+    check_length(model, ids.shape[1])
+    groups, parts = torch.from_numpy(labels), []
+    size = batch_size or auto_batch_size(model, ids.shape[1])
+    for rows, row_labels in zip(ids.split(size), groups.split(size), strict=True):
+        with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
+            sums = [class_sums(block.input[:, n_prefix:], row_labels, n_classes) for block in model.layers]
+            sums.append(class_sums(model.layers[-1].output[:, n_prefix:], row_labels, n_classes))
+            part = torch.stack(sums).cpu().save()
+            tracer.stop()
+        parts.append(part)
+    return torch.cat(parts, dim=1).numpy()
 
 
 def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> torch.Tensor:
@@ -333,6 +438,10 @@ def _check_heads(conditions: Sequence[Condition], n_layers: int, n_heads: int) -
                     f"condition {condition.name!r} ablates head {layer}.{head}; the model has layers 0 to "
                     f"{n_layers - 1} with heads 0 to {n_heads - 1}"
                 )
+
+
+def _of_layer(heads: list[Head], layer: int) -> list[Head]:
+    return [head for head in heads if head[0] == layer]
 
 
 def _batches(rows: list, size: int) -> Iterator[list]:

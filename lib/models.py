@@ -18,7 +18,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -202,6 +202,53 @@ def ov_matrix(model: TransformersModel, layer: int, head: int) -> torch.Tensor:
     else:
         output = attention.c_proj.weight[columns].T
     return output.double() @ value[rows].double()
+
+
+def word_ids(model: TransformersModel, words: Sequence[str]) -> list[int]:
+    """Token ids of words inside a text, that is with a leading space.
+
+    Args:
+        model: its tokenizer decides.
+        words: distinct words.
+
+    Raises:
+        ModelError: naming the words that are not one token, or not in the vocabulary, of this tokenizer.
+    """
+    tokenizer, found, broken = model.tokenizer, [], []
+    for word in words:
+        # SentencePiece tokenizers add the space by themselves, BPE tokenizers are given it.
+        spellings = [tokenizer(text, add_special_tokens=False).input_ids for text in (f" {word}", word)]
+        single = next((ids[0] for ids in spellings if len(ids) == 1), None)
+        if single is None or single == tokenizer.unk_token_id:
+            broken.append(
+                f"{word!r} ({len(spellings[0])} tokens)" if single is None else f"{word!r} (unknown)"
+            )
+        found.append(single)
+    if broken:
+        raise ModelError(f"not one token of this tokenizer: {', '.join(broken)}; choose other words")
+    if len(set(found)) < len(found):
+        raise ModelError("two of the words are the same token of this tokenizer; choose other words")
+    return found
+
+
+def bos_id(model: TransformersModel) -> int:
+    """The token that opens a text: BOS, or the end-of-text token of families without one.
+
+    Raises:
+        ModelError: the tokenizer has neither.
+    """
+    for token in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ModelError("this tokenizer has no BOS and no end-of-text token to open a text with")
+
+
+def plain_token_ids(model: TransformersModel) -> list[int]:
+    """Ids of all tokens but the special ones, to draw random tokens from."""
+    special = set(model.tokenizer.all_special_ids)
+    # Some models pad their embedding beyond the tokenizer's vocabulary.
+    size = min(len(model.tokenizer), shape(model).n_vocabulary)
+    return [token for token in range(size) if token not in special]
 
 
 def organisms() -> list[str]:

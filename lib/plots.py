@@ -128,17 +128,24 @@ def draw_band(
     return label_end(ax, x, middle, label, colour=colour)
 
 
+def draw_samples(ax: Axes, x: np.ndarray, samples: np.ndarray, *, colour: str = BLUE, label: str = "") -> Axes:
+    """Mean of samples [point, sample] at each x, with a band that holds the central 95% of them."""
+    low, high = np.quantile(samples, [0.025, 0.975], axis=1)
+    return draw_band(ax, x, np.mean(samples, axis=1), low, high, colour=colour, label=label)
+
+
 def draw_prediction(ax: Axes, x: np.ndarray, y: np.ndarray, *, label: str = "", colour: str = BLACK) -> Axes:
     """A line that comes from theory: dashed, thin, above what was measured."""
     ax.plot(x, y, color=colour, linestyle=(0, (4, 2)), linewidth=1.2, zorder=4)
     return label_end(ax, x, y, label, colour=colour)
 
 
-def draw_level(ax: Axes, y: float, label: str, *, colour: str = GREY) -> Axes:
-    """A horizontal line across the axes, labelled at its right end: chance, a null, a published value."""
+def draw_level(ax: Axes, y: float, label: str, *, colour: str = GREY, side: str = "right") -> Axes:
+    """A horizontal line across the axes, labelled at one end: chance, a null, a published value."""
     ax.axhline(y, color=colour, linewidth=1.0, linestyle=":", zorder=0)
-    ax.annotate(label, (1, y), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                ha="right", va="bottom", fontsize=7.5, color=colour)
+    x, shift = (1, -2) if side == "right" else (0, 4)
+    ax.annotate(label, (x, y), xycoords=("axes fraction", "data"), xytext=(shift, 2), ha=side, va="bottom",
+                textcoords="offset points", fontsize=7.5, color=colour)
     return ax
 
 
@@ -165,6 +172,46 @@ def draw_matrix(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return image
+
+
+def draw_head_scores(ax: Axes, scores: np.ndarray, *, top: int = 3, high: float = 1.0) -> AxesImage:
+    """Heatmap of a score for every head [layer, head]; the `top` heads carry their value.
+
+    Args:
+        scores: between 0 and `high`, such as mean attention probabilities.
+        top: how many heads are labelled; with few heads label them all.
+        high: value at the end of the map. Panels that are compared share it and one colour bar.
+
+    Returns:
+        The image, for the colour bar.
+    """
+    image = ax.imshow(scores, vmin=0, vmax=high, aspect="auto", interpolation="nearest")
+    n_layers, n_heads = scores.shape
+    step = max(1, n_layers // 8), max(1, n_heads // 8)
+    ax.set(xlabel="head", ylabel="layer", xticks=range(0, n_heads, step[1]), yticks=range(0, n_layers, step[0]))
+    for index in np.argsort(-scores, axis=None)[:top]:
+        layer, head = np.unravel_index(index, scores.shape)
+        value = scores[layer, head]
+        ax.text(head, layer, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=7.5,
+                color="black" if value > 0.6 * high else "white")
+    return image
+
+
+def draw_spectrum(ax: Axes, spectrum: np.ndarray, labels: Sequence[str], *, high: float = 1.0) -> AxesImage:
+    """Mean attention on every offset [head, offset], one labelled row a head; returns the image."""
+    image = ax.imshow(spectrum, vmin=0, vmax=high, aspect="auto", interpolation="nearest")
+    ax.set(xlabel="tokens back", yticks=range(len(labels)), yticklabels=labels)
+    ax.tick_params(axis="y", labelsize=6.5, length=0)
+    return image
+
+
+def draw_walk_band(ax: Axes, curve: np.ndarray, low: np.ndarray, high: np.ndarray, *, label: str,
+                   colour: str, linestyle: str = "-") -> Axes:
+    """A curve over token positions with its band, labelled at its end."""
+    x = np.arange(1, len(curve) + 1)
+    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    ax.plot(x, curve, color=colour, linestyle=linestyle, linewidth=1.2)
+    return label_end(ax, x, curve, label, colour=colour)
 
 
 def _label_outwards(ax: Axes, text: str, point: np.ndarray, centre: np.ndarray, distance: float) -> None:

@@ -10,8 +10,10 @@ from tiny import CONFIGS, FAMILIES, VOCABULARY, WORDS, save_tiny
 from lib.interventions import (
     Condition,
     ablate_heads,
+    ablation_conditions,
     ablation_sweep,
     class_sums,
+    layer_class_sums,
     mean_head_outputs,
     word_probabilities,
 )
@@ -180,6 +182,57 @@ def test_absent_class_is_nan_not_zero(llama):
     )
     assert np.isnan(sweep.class_means()[0, N_CLASSES]).all()
     assert np.isfinite(sweep.class_means()[0, :N_CLASSES]).all()
+
+
+RANKED = {"a": [(0, 0), (0, 1), (2, 3), (1, 2)], "b": [(2, 3), (2, 0), (0, 0), (1, 1)]}
+
+
+def test_controls_are_disjoint_sized_and_matched():
+    conditions = ablation_conditions(RANKED, [1, 2, 3], n_draws=4, n_layers=3, n_heads=4, seed=1)
+    assert conditions[0] == Condition("baseline") and len(conditions) == 1 + 2 * 3 + 4 * 3 * 3
+    listed = {head for heads in RANKED.values() for head in heads[:3]}
+    for condition in conditions[1:]:
+        if condition.name in RANKED:
+            assert condition.heads == set(RANKED[condition.name][: condition.k])
+            continue
+        assert not condition.heads & listed
+        if condition.name == "random":
+            assert len(condition.heads) == condition.k
+        else:
+            target = RANKED[condition.name.removeprefix("random like ")][: condition.k]
+            for layer in range(3):
+                wanted = sum(head[0] == layer for head in target)
+                left = 4 - sum(head[0] == layer for head in listed)
+                assert sum(head[0] == layer for head in condition.heads) == min(wanted, left)
+    draws = {condition.heads for condition in conditions if condition.name == "random" and condition.k == 3}
+    assert len(draws) > 1
+    assert conditions == ablation_conditions(RANKED, [1, 2, 3], n_draws=4, n_layers=3, n_heads=4, seed=1)
+
+
+def test_k_beyond_the_heads_is_named():
+    with pytest.raises(
+        ValueError, match="k_values: 13 heads to ablate, and the model has 12; lower k_values"
+    ):
+        ablation_conditions(RANKED, [13], n_draws=1, n_layers=3, n_heads=4)
+    ranked = {"a": RANKED["a"] + [(1, 0), (1, 3), (0, 2)], "b": RANKED["b"]}
+    with pytest.raises(
+        ValueError, match="control of 7 heads needs as many outside .* 3 are left: lower k_values"
+    ):
+        ablation_conditions(ranked, [7], n_draws=1, n_layers=3, n_heads=4)
+
+
+def test_layer_class_sums_equal_hidden_states(model):
+    ids, labels = stimulus()
+    sums = layer_class_sums(model, ids, np.where(labels == 4, -1, labels), N_CLASSES, batch_size=2)
+    assert sums.shape == (4, 3, N_CLASSES, 32) and (sums[:, :, 4] == 0).all()
+    with torch.no_grad():
+        out = model._module(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    for layer in range(3):  # hidden_states[3] is after the final norm; the output of the last block is not
+        stream = out[layer][:, 1:].numpy()
+        for sequence in range(3):
+            for node in range(4):
+                naive = stream[sequence][labels[sequence] == node].sum(0)
+                np.testing.assert_allclose(sums[layer, sequence, node], naive, rtol=1e-4, atol=1e-5)
 
 
 def test_head_that_the_model_lacks_is_named(llama):
