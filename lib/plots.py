@@ -128,7 +128,9 @@ def draw_band(
     return label_end(ax, x, middle, label, colour=colour)
 
 
-def draw_samples(ax: Axes, x: np.ndarray, samples: np.ndarray, *, colour: str = BLUE, label: str = "") -> Axes:
+def draw_samples(
+    ax: Axes, x: np.ndarray, samples: np.ndarray, *, colour: str = BLUE, label: str = ""
+) -> Axes:
     """Mean of samples [point, sample] at each x, with a band that holds the central 95% of them."""
     low, high = np.quantile(samples, [0.025, 0.975], axis=1)
     return draw_band(ax, x, np.mean(samples, axis=1), low, high, colour=colour, label=label)

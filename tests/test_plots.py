@@ -89,11 +89,20 @@ def test_curves_are_labelled_at_their_ends_in_their_colour(ax):
     plots.draw_band(ax, x, y, y - 1, y + 2, colour=plots.GREEN, label="measured")
     plots.draw_prediction(ax, x, y + 1, label="theory")
     plots.draw_level(ax, 2.5, "chance")
-    measured, theory, chance = ax.texts
+    plots.draw_level(ax, 3.5, "limit", side="left")
+    measured, theory, chance, limit = ax.texts
     assert measured.xy == (4, 6) and measured.get_color() == plots.GREEN
-    assert theory.xy == (4, 7) and chance.xy == (1, 2.5)
+    assert theory.xy == (4, 7) and chance.xy == (1, 2.5) and limit.xy == (0, 3.5)
     band = ax.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 2 and band[:, 1].max() == 8
+
+
+def test_samples_are_drawn_as_mean_and_central_95_percent(ax):
+    samples = np.stack([np.arange(201.0), 10 + np.arange(201.0)])
+    plots.draw_samples(ax, np.array([0, 1]), samples)
+    assert ax.lines[0].get_ydata().tolist() == [100, 110]
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(5) and band.max() == pytest.approx(205)
 
 
 @pytest.mark.parametrize("arguments, message", [
