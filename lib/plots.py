@@ -7,7 +7,7 @@ has more kinds than hues is told apart by position and label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -136,6 +136,21 @@ def draw_samples(
     return draw_band(ax, x, np.mean(samples, axis=1), low, high, colour=colour, label=label)
 
 
+def draw_ranges(
+    ax: Axes, y: np.ndarray, middle: np.ndarray, low: np.ndarray, high: np.ndarray, *, colour: str, label: str
+) -> Axes:
+    """Points with horizontal bars from low to high, one a row; the caption says which interval they are."""
+    ax.hlines(y, low, high, color=colour, linewidth=1.4)
+    ax.plot(middle, y, "o", color=colour, label=label)
+    return ax
+
+
+def draw_series(ax: Axes, x: np.ndarray, y: np.ndarray, label: str, colour: str = BLUE) -> Axes:
+    """Points joined by a line, labelled at the right end, for values without an interval."""
+    ax.plot(x, y, "o-", color=colour)
+    return label_end(ax, x, y, label, colour=colour)
+
+
 def draw_prediction(ax: Axes, x: np.ndarray, y: np.ndarray, *, label: str = "", colour: str = BLACK) -> Axes:
     """A line that comes from theory: dashed, thin, above what was measured."""
     ax.plot(x, y, color=colour, linestyle=(0, (4, 2)), linewidth=1.2, zorder=4)
@@ -207,13 +222,66 @@ def draw_spectrum(ax: Axes, spectrum: np.ndarray, labels: Sequence[str], *, high
     return image
 
 
-def draw_walk_band(ax: Axes, curve: np.ndarray, low: np.ndarray, high: np.ndarray, *, label: str,
-                   colour: str, linestyle: str = "-") -> Axes:
-    """A curve over token positions with its band, labelled at its end."""
-    x = np.arange(1, len(curve) + 1)
-    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    ax.plot(x, curve, color=colour, linestyle=linestyle, linewidth=1.2)
-    return label_end(ax, x, curve, label, colour=colour)
+def draw_directed_means(ax: Axes, means: np.ndarray, pair_means: np.ndarray, *, colour: str = VERMILLION) -> Axes:
+    """Join the mean of each pair (a node after a node) to the mean of its later node.
+
+    Args:
+        means: [node, 2].
+        pair_means: [node * node, 2], row now * n_nodes + before; NaN for pairs that do not occur.
+    """
+    seen = np.flatnonzero(np.isfinite(pair_means).all(axis=1))
+    ends = np.stack([means[seen // len(means)], pair_means[seen]], axis=1)  # [pair, 2, 2]
+    ax.add_collection(LineCollection(ends, colors=colour, linewidths=0.8, zorder=1.5))
+    ax.scatter(*pair_means[seen].T, s=7, color=colour, zorder=1.6)
+    return ax
+
+
+def draw_distributions(ax: Axes, values: Mapping[str, np.ndarray], *, low: float = -1.0, high: float = 2.0) -> Axes:
+    """Distributions one above the other, each named at its left, with its mean as a bar.
+
+    Values outside low to high are counted in the outermost bins.
+    """
+    bins = np.linspace(low, high, 61)
+    for row, (name, sample) in enumerate(values.items()):
+        heights, _ = np.histogram(np.clip(sample, low, high), bins, density=True)
+        base = -1.0 * row
+        ax.fill_between((bins[1:] + bins[:-1]) / 2, base, base + 0.8 * heights / heights.max(),
+                        color=(VERMILLION, BLUE, GREY)[row % 3], alpha=0.6, linewidth=0, step="mid")
+        ax.plot([np.mean(sample)] * 2, [base, base + 0.85], color=BLACK, linewidth=1.4)
+        ax.text(low, base + 0.45, name, fontsize=8, va="bottom")
+    ax.set(yticks=[], xlim=(low, high))
+    ax.spines["left"].set_visible(False)
+    return ax
+
+
+def draw_layers(ax: Axes, x: np.ndarray, values: np.ndarray, *, highlight: int) -> Axes:
+    """One line a layer [layer, point], labelled by number at its end; one layer stands out.
+
+    Depth is shown by shade, which is ordered as layers are; with many layers every few are labelled.
+    """
+    shades = mpl.colormaps[SEQUENTIAL](np.linspace(0.0, 0.85, len(values)))
+    every = max(1, len(values) // 8)
+    for layer, (row, shade) in enumerate(zip(values, shades, strict=True)):
+        chosen = layer == highlight
+        ax.plot(x, row, color=shade, linewidth=2.6 if chosen else 1.2, marker="o" if chosen else "", zorder=3 if chosen else 2)
+    named = [layer for layer in range(len(values)) if layer % every == 0 or layer == highlight]
+    heights = spread(np.array([values[layer][-1] for layer in named]), 0.06 * np.ptp(ax.get_ylim()))
+    for layer, height in zip(named, heights, strict=True):
+        ax.annotate(f"{layer}" + (" (read)" if layer == highlight else ""), (x[-1], height), xytext=(6, 0),
+                    textcoords="offset points", va="center", fontsize=8, color=shades[layer], annotation_clip=False)
+    return ax
+
+
+def spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Heights moved apart by at least `gap`, in their order, as little as a sweep up and down needs."""
+    order = np.argsort(heights, kind="stable")
+    moved = np.asarray(heights, dtype=float)[order].copy()
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    moved -= (moved - np.asarray(heights)[order]).mean()
+    out = np.empty_like(moved)
+    out[order] = moved
+    return out
 
 
 def _label_outwards(ax: Axes, text: str, point: np.ndarray, centre: np.ndarray, distance: float) -> None:

@@ -47,7 +47,7 @@ def mixing_stills(
     for row, self_weight in zip(axes, self_weights, strict=True):
         for ax, n_steps in zip(row, steps, strict=True):
             draw_mixing(ax, graph, d=d, self_weight=self_weight, steps=n_steps, seed=seed)
-        row[0].set_ylabel(f"self-weight {self_weight:g}")
+        row[0].set_ylabel(f"self-weight {self_weight:g}", labelpad=16)
     for ax, n_steps in zip(axes[-1], steps, strict=True):
         ax.set_xlabel(f"{n_steps} step" + "s" * (n_steps > 1))
     return figure

@@ -97,6 +97,14 @@ def test_curves_are_labelled_at_their_ends_in_their_colour(ax):
     assert band[:, 1].min() == 2 and band[:, 1].max() == 8
 
 
+def test_ranges_are_one_bar_a_row(ax):
+    middle, low, high = np.array([2.0, 5.0]), np.array([1.0, 4.0]), np.array([4.0, 7.0])
+    plots.draw_ranges(ax, np.array([0.0, 1.0]), middle, low, high, colour=plots.GREEN, label="null")
+    bars = [segment.tolist() for segment in ax.collections[0].get_segments()]
+    assert bars == [[[1, 0], [4, 0]], [[4, 1], [7, 1]]]
+    assert ax.lines[0].get_xydata().tolist() == [[2, 0], [5, 1]] and ax.lines[0].get_label() == "null"
+
+
 def test_samples_are_drawn_as_mean_and_central_95_percent(ax):
     samples = np.stack([np.arange(201.0), 10 + np.arange(201.0)])
     plots.draw_samples(ax, np.array([0, 1]), samples)
