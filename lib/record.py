@@ -133,11 +133,10 @@ class Study:
         self._artifact(f"{name}.png", _png(fig, alt), alt)
         self._artifact(f"{name}.npz", _npz({key: np.asarray(value) for key, value in arrays.items()}))
 
-    def claim(self, claim: Claim) -> Claim:
+    def claim(self, claim: Claim) -> None:
         """Add a claim to the record; one with the same id is replaced."""
         self._reopen()
         self._claims[claim.id] = claim
-        return claim
 
     def metric(
         self, name: str, value: float | None, interval: Iterable[float] | None = None,

@@ -1,8 +1,9 @@
 """Execute the studies and print their claims: `python -m lib.run [--study NAME] [papermill's options]`.
 
 Each notebook runs by papermill in a process of its own, notebook 00 last because it reads the others'
-records. A study succeeded when it left a valid record.json, whatever the notebook says of itself: papermill
-marks cells as completed even where the kernel died.
+records. A study succeeded when this run of it left a valid record.json, whatever the notebook says of
+itself: papermill marks cells as completed even where the kernel died. A study removes its old record when it
+starts; one that did not get so far, by a misspelt parameter, leaves the old one and does not pass by it.
 """
 
 from __future__ import annotations
@@ -64,8 +65,6 @@ def main(
         parser.error(str(error))
 
     output.mkdir(parents=True, exist_ok=True)
-    for notebook in chosen:
-        _record_path(notebook).unlink(missing_ok=True)
     outcomes = []
     for notebook in chosen:
         outcome = run_study(notebook, output / notebook.name, papermill_options, options.timeout)
@@ -98,11 +97,13 @@ def run_study(notebook: Path, executed: Path, papermill_options: Sequence[str], 
         The outcome; nothing is raised for a notebook that fails.
     """
     study, started = notebook.stem, time.monotonic()
+    record_path = figures_folder() / study / "record.json"
+    old = _identity(record_path)
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     executed.unlink(missing_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "papermill", str(notebook), str(executed), *papermill_options,
-         "--no-progress-bar", "--log-output", "--log-level", "INFO"],
+        [sys.executable, "-m", "papermill", str(notebook), str(executed),
+         "--no-progress-bar", "--log-output", "--log-level", "INFO", *papermill_options],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace",
     )
@@ -116,9 +117,11 @@ def run_study(notebook: Path, executed: Path, papermill_options: Sequence[str], 
         raise
     seconds = time.monotonic() - started
     try:
-        record, problem = validate_record(_record_path(notebook)), ""
+        record, problem = validate_record(record_path), ""
     except RecordError as error:
         record, problem = None, str(error)
+    if record and _identity(record_path) == old:
+        record, problem = None, f"{record_path} is of an earlier run: the notebook never started its study"
     if lines is None:
         record, problem = None, f"  it was stopped: it took longer than {timeout:g} s (--timeout)"
     elif process.returncode != 0 or record is None:
@@ -141,8 +144,9 @@ def _choose(notebooks: Path, study: str | None) -> list[Path]:
     return chosen
 
 
-def _record_path(notebook: Path) -> Path:
-    return figures_folder() / notebook.stem / "record.json"
+def _identity(record: Path) -> tuple[int, int] | None:
+    """What changes when a record is replaced, even by one with the same contents."""
+    return (record.stat().st_ino, record.stat().st_mtime_ns) if record.exists() else None
 
 
 def _follow(process: subprocess.Popen, log: Path, progress: _Progress, deadline: float) -> list[str] | None:

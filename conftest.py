@@ -1,0 +1,64 @@
+"""Tests and nbval write figures, records and cached results to folders of their own, not the repository's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_SCRATCH = tempfile.TemporaryDirectory(prefix="latent-geometry-tests-")
+# Before any test or kernel starts: kernels inherit them, those of nbval included.
+os.environ["FIGURES_DIR"] = str(Path(_SCRATCH.name, "figures"))
+os.environ["CACHE_DIR"] = str(Path(_SCRATCH.name, "cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def committed_figures_stay_as_they_are():
+    before = _figures()
+    yield
+    assert _figures() == before, "a test wrote to figures/"
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch) -> Path:
+    """An empty figures folder for this test and the processes that it starts."""
+    monkeypatch.setenv("FIGURES_DIR", str(tmp_path / "figures"))
+    return tmp_path / "figures"
+
+
+@pytest.fixture
+def write_notebook(tmp_path):
+    """Write a small notebook of study 1 from the sources of its cells; returns its path."""
+    import nbformat
+
+    def write(*sources: str, parameters: str = PARAMETERS, setup: str = SETUP) -> Path:
+        new = nbformat.v4
+        cells = [new.new_code_cell(source) for source in (parameters, setup, *sources)]
+        cells[0].metadata["tags"] = ["parameters"]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = new.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        path = tmp_path / "notebooks" / "01_induction_ablation.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(notebook, path)
+        return path
+
+    return write
+
+
+PARAMETERS = """seq_len: int = 400  # tokens in a walk
+k_values: list[int] = [1, 2]  # heads ablated at a time
+window: int = 200  # tokens averaged at the end of a walk
+"""
+SETUP = """from lib.parameters import InductionAblation
+from lib.record import Study
+study = Study(InductionAblation, globals())
+p = study.parameters"""
+
+
+def _figures() -> dict[str, str]:
+    root = Path(__file__).parent / "figures"
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from lib.claims import Claim, ClaimsTable, claims_table
+
+
+def claim(**values) -> Claim:
+    return Claim.test("id", "Accuracy rises with context", source="Arditi-26", **values)
+
+
+@pytest.mark.parametrize(
+    ("rule", "interval", "verdict"),
+    [
+        ({"above": 0.5}, (0.51, 0.9), "holds"),
+        ({"above": 0.5}, (0.4, 0.6), "unclear"),
+        ({"above": 0.5}, (0.1, 0.5), "fails"),
+        ({"above": 0.5}, (0.5, 0.9), "unclear"),  # the bound is excluded
+        ({"below": 0.5}, (0.1, 0.49), "holds"),
+        ({"below": 0.5}, (0.4, 0.6), "unclear"),
+        ({"below": 0.5}, (0.5, 0.9), "fails"),
+        ({"between": (1, 2)}, (1.1, 1.9), "holds"),
+        ({"between": (1, 2)}, (0.9, 1.9), "unclear"),
+        ({"between": (1, 2)}, (0.5, 2.5), "unclear"),
+        ({"between": (1, 2)}, (2.0, 2.5), "fails"),
+        ({"between": (1, 2)}, (0.0, 1.0), "fails"),
+    ],
+)
+def test_verdict_is_about_the_whole_interval(rule, interval, verdict):
+    assert claim(measured=sum(interval) / 2, interval=interval, **rule).verdict == verdict
+
+
+def test_value_without_interval_is_its_own():
+    assert claim(measured=0.6, above=0.5).verdict == "holds"
+    assert claim(measured=0.5, above=0.5).verdict == "fails"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"measured": 1}, "one rule of above, below and between, not 0"),
+        ({"measured": 1, "above": 0, "below": 2}, "not 2"),
+        ({"measured": float("nan"), "above": 0}, "must be finite"),
+        ({"measured": 1, "interval": (0, float("inf")), "above": 0}, "must be finite"),
+        ({"measured": 1, "interval": (2, 0), "above": 0}, "upside down"),
+        ({"measured": 1, "between": (2, 1)}, "nothing lies between"),
+    ],
+)
+def test_claim_that_says_nothing_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        claim(**values)
+
+
+def test_claim_not_tested_needs_a_reason():
+    untested = Claim.not_tested("id", "Late heads matter", source="here", reason="the model has 4 layers")
+    assert untested.verdict == "not tested"
+    with pytest.raises(ValueError, match="why"):
+        Claim.not_tested("id", "Late heads matter", source="here", reason="")
+
+
+def test_claim_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        claim(measured=1, above=0).verdict = "holds"
+
+
+def test_table_has_value_interval_rule_published_and_verdict():
+    tested = claim(measured=0.61234, interval=(0.58, 0.66), above=0.5, published=0.902, n="16 walks")
+    untested = Claim.not_tested("b", "Late heads matter", source="here", reason="too few layers")
+    header, _, first, second = claims_table([tested, untested], width=140).splitlines()
+    assert header.split() == ["claim", "measured", "rule", "published", "verdict"]
+    assert "Accuracy rises with context (Arditi-26)" in first
+    assert "0.612 [0.58, 0.66] (16 walks)" in first and "> 0.5" in first and "0.902" in first
+    assert first.endswith("holds")
+    assert "too few layers" in second and second.endswith("not tested")
+
+
+def test_text_table_keeps_to_its_width():
+    long = Claim.test("a", "word " * 40, source="here", measured=1.0, above=0.0, published="some " * 20)
+    lines = claims_table([long], width=100).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert " ".join(lines).count("word") == 40
+
+
+@pytest.mark.parametrize("fmt", ["html", "markdown"])
+def test_table_escapes_what_it_shows(fmt):
+    nasty = Claim.test("a", "<script>alert(1)</script> a|b", source="here", measured=1.0, above=0.0)
+    table = claims_table([nasty], fmt)
+    assert "<script>" not in table and "&lt;script&gt;" in table
+    assert fmt == "html" or "a\\|b" in table
+
+
+def test_table_of_records_names_the_study():
+    records = [SimpleNamespace(study="01_a", claims=[claim(measured=1, above=0)]),
+               SimpleNamespace(study="02_b", claims=[])]
+    header, _, row = claims_table(records, width=140).splitlines()
+    assert header.startswith("study") and row.startswith("01_a")
+
+
+def test_no_claims_are_said_so():
+    assert "No claims" in repr(ClaimsTable([])) and "No claims" in ClaimsTable([])._repr_html_()
+
+
+def test_numbers_do_not_show_rounding_noise():
+    shown = [claims_table([claim(measured=x, below=1)], "markdown") for x in (-0.0, 0.0, 0.3, 0.1 + 0.2)]
+    assert shown[0] == shown[1] and shown[2] == shown[3]

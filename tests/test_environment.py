@@ -1,0 +1,127 @@
+"""The ways to install agree, and the commands do what the Makefile says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from lib import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = [
+    line.split("#")[0].strip()
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if line.split("#")[0].strip()
+]
+PINS = {name.lower(): version for name, _, version in (line.partition("==") for line in LOCK)}
+REQUIRED = [
+    Requirement(text)
+    for text in [
+        *PROJECT["project"]["dependencies"],
+        *PROJECT["project"]["optional-dependencies"]["dev"],
+        *PROJECT["build-system"]["requires"],
+    ]
+]
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, capture_output=True, text=True, env={**outside, **environment}
+    )
+
+
+def test_lock_has_exact_public_versions_alone():
+    strange = [line for line in LOCK if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line)]
+    assert not strange, "a registry's own options or local versions can not be installed elsewhere"
+    assert PINS["torch"] == "2.13.0"
+    assert not [name for name in PINS if name.startswith(("nvidia", "triton", "cuda"))]
+
+
+@pytest.mark.parametrize("requirement", REQUIRED, ids=str)
+def test_everything_required_is_locked(requirement):
+    assert requirement.specifier.contains(PINS[requirement.name.lower()])
+
+
+@pytest.mark.parametrize("requirement", REQUIRED, ids=str)
+def test_what_is_installed_is_what_is_locked(requirement):
+    installed = Version(metadata.version(requirement.name)).public  # 2.13.0+cpu is 2.13.0
+    assert installed == PINS[requirement.name.lower()], "run `make test`: it installs from requirements.lock"
+
+
+def test_conda_environment_installs_the_same_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert pip == {"pip": ["-r requirements.lock", "-e ."]}, "conda users must get the versions of the lock"
+    [python] = [package for package in conda if package.startswith("python=")]
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(python.partition("=")[2])
+    assert {package.partition("=")[0] for package in conda} == {"python", "pip"}
+
+
+def test_code_is_clean():
+    command = [sys.executable, "-m", "ruff", "check", "."]
+    ruff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ruff.returncode == 0, ruff.stdout
+
+
+def test_every_package_of_lib_is_installed():
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "lib").rglob("*.py")}
+    assert packages == {name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]}
+
+
+def test_lib_is_found_from_any_working_directory(tmp_path):
+    command = [sys.executable, "-c", "import lib; print(lib.ROOT)"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(ROOT)
+
+
+def test_run_passes_study_and_parameters_on():
+    plan = make("--dry-run", "run", "STUDY=01_induction_ablation", 'ARGS=-p k_values "[1,2]"').stdout
+    assert plan.endswith('-m lib.run --study 01_induction_ablation -p k_values "[1,2]"\n')
+
+
+def test_install_that_failed_is_tried_again(tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$2" != pip ] || { echo "no network" >&2; exit 1; }\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        run = make("run", f"VENV={tmp_path / 'venv'}")
+        assert run.returncode != 0 and "no network" in run.stderr
+        assert [path.name for path in (tmp_path / "venv").iterdir()] == ["bin"]
+
+
+def test_python_that_is_too_old_is_named(tmp_path):
+    shadows = tmp_path / "shadows"
+    shadows.mkdir()
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        (shadows / name).write_text("#!/bin/sh\nexit 1\n")
+        (shadows / name).chmod(0o755)
+    run = make("run", f"VENV={tmp_path / 'venv'}", PATH=f"{shadows}:/usr/bin:/bin")
+    assert run.returncode != 0
+    assert "No Python 3.11 or newer found" in run.stderr and "PYTHON=" in run.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_ci_ends_with_the_closing_line_of_pytest(tmp_path, status):
+    fake = tmp_path / "make"
+    closing = f"==== {'1 failed, ' * status}2 passed in 0.12s ===="
+    fake.write_text(f"#!/bin/sh\n[ $1 = test ] && echo '{closing}' && echo 'and more' && exit {status}\n")
+    fake.chmod(0o755)
+    run = subprocess.run(
+        [ROOT / ".ci" / "run"], capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert run.returncode == status
+    assert run.stdout.splitlines()[-1] == closing

@@ -1,0 +1,305 @@
+"""The notebooks run with small parameters, are stored executed, and keep to the shape that a reader expects.
+
+nbval compares the stored outputs with a fresh run; a cell whose output was never stored compares equal to
+anything, hence the guard here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from lib import ROOT
+from lib.parameters import schemas
+from lib.record import validate_record
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+# Small enough for seconds, large enough that every cell has something to do.
+SMALL = {
+    "00_start_here": {},
+    "01_induction_ablation": {
+        "seq_len": 160, "window": 60, "n_walks": 4, "k_values": [1, 2], "n_random_sets": 2,
+        "n_bootstrap": 100,
+    },
+    "02_neighbor_mixing": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
+}
+
+# Calls that a cell may end with and show nothing.
+SILENT = {
+    "figure", "claim", "metric", "model", "use_house_style",
+    "append", "extend", "update", "seed", "manual_seed",
+}
+SPEAKING = {"print", "display", "show"}
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_notebook
+def test_runs_with_small_parameters_from_any_folder(path, figures, tmp_path):
+    command = [sys.executable, "-m", "papermill", path, "out.ipynb", "-y", yaml.safe_dump(SMALL[path.stem])]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    record = validate_record(figures / path.stem / "record.json")
+    assert record.study == path.stem
+    assert {name: record.parameters[name] for name in SMALL[path.stem]} == SMALL[path.stem]
+
+
+@each_notebook
+def test_misspelt_parameter_stops_it(path, figures, tmp_path):
+    command = [sys.executable, "-m", "papermill", path, "out.ipynb", "-p", "use_cash", "1"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode != 0
+    assert "use_cash: no such parameter; did you mean use_cache?" in run.stderr
+    assert not figures.exists()
+
+
+@each_notebook
+def test_is_stored_as_executed(path):
+    assert unexecuted(read(path)) == []
+
+
+@each_notebook
+def test_keeps_to_its_shape(path):
+    assert misshapen(read(path)) == []
+    assert path.stat().st_size < 1_000_000
+
+
+@each_notebook
+def test_parameters_cell_is_what_the_schema_says(path):
+    assert disagreements(path, schemas()[path.stem]) == []
+
+
+@each_notebook
+def test_figures_and_record_are_those_of_one_run(path):
+    folder = ROOT / "figures" / path.stem
+    record = validate_record(folder / "record.json")
+    files = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+    assert files == {*record.artifacts, "record.json"}, "files of another run"
+    if is_committed(folder):  # a reader's own run may have parameters of its own
+        assert record.parameters == schemas()[path.stem]().model_dump(), "commit what `make notebooks` writes"
+
+
+# --- the guards, and what they must catch
+
+
+def is_committed(folder: Path) -> bool:
+    git = subprocess.run(["git", "status", "--porcelain", folder], cwd=ROOT, capture_output=True, text=True)
+    return git.returncode == 0 and not git.stdout.strip()
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def speaks(source: str) -> bool:
+    """Whether a cell should have output: it prints or shows, or ends with a value."""
+    body = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))).body
+    top_level = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    calls = {_called(node) for statement in top_level for node in ast.walk(statement)}
+    if calls & SPEAKING:
+        return True
+    ends_with_value = bool(body) and isinstance(body[-1], ast.Expr) and not source.rstrip().endswith(";")
+    return ends_with_value and _called(body[-1].value) not in SILENT
+
+
+def _called(node: ast.AST) -> str | None:
+    if not isinstance(node, ast.Call):
+        return None
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+
+
+def unexecuted(notebook) -> list[str]:
+    """What shows that a notebook was not stored after one clean run from top to bottom."""
+    found = []
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        if cell.execution_count != number:
+            found.append(f"code cell {number} has execution count {cell.execution_count}")
+        if speaks(cell.source) and not cell.outputs:
+            found.append(f"code cell {number} should have output and has none")
+        for output in cell.outputs:
+            if output.output_type == "error":
+                found.append(f"code cell {number} stores an error: {output.ename}")
+            if output.get("name") == "stderr":
+                found.append(f"code cell {number} stores stderr: {output.text[:80]!r}")
+    return found
+
+
+def misshapen(notebook) -> list[str]:
+    """Departures from the shape of a notebook: parameters, setup, then short cells after prose."""
+    cells = code_cells(notebook)
+    sizes = [len([line for line in cell.source.splitlines() if line.strip()]) for cell in cells]
+    prose = [
+        previous.cell_type == "markdown"
+        for previous, cell in zip(notebook.cells, notebook.cells[1:], strict=False) if cell in cells[2:]
+    ]
+    first = ast.parse(cells[0].source).body
+    parameters = {node.target.id for node in first if isinstance(node, ast.AnnAssign)}
+    median, most = statistics.median(sizes[1:]), max(sizes[1:])
+    found = []
+    if notebook.cells[0].cell_type != "markdown" or not notebook.cells[0].source.startswith("# "):
+        found.append("it does not open with a title")
+    if cells[0].metadata.get("tags") != ["parameters"]:
+        found.append("its first code cell is not tagged as the parameters")
+    if "Study(" not in cells[1].source or sizes[1] > 6:
+        found.append("its second code cell is no setup of at most 6 lines")
+    if median > 8 or most > 25:
+        found.append(f"its code cells have {median:g} lines (median), at most {most}; limits: 8, 25")
+    if prose and sum(prose) < 0.85 * len(prose):
+        found.append(f"only {sum(prose)} of {len(prose)} code cells follow prose")
+    if "study.close()" not in cells[-1].source:
+        found.append("its last code cell does not close the record")
+    for number, cell in enumerate(cells[1:], start=2):
+        stored = {n.id for n in ast.walk(ast.parse(cell.source))
+                  if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if taken := stored & parameters:
+            found.append(f"code cell {number} assigns {min(taken)}: its setup can not be run again")
+        if ".figure(" in cell.source and not cell.source.rstrip().endswith("plt.show()"):
+            found.append(f"code cell {number} draws a figure and does not end with plt.show()")
+    return found
+
+
+def disagreements(path: Path, schema) -> list[str]:
+    """Where the parameters cell, papermill's reading of it, and the schema differ."""
+    source = code_cells(read(path))[0].source
+    found = [
+        f"not a line `name: type = default  # help`: {line}"
+        for line in source.splitlines() if not re.fullmatch(r"\w+: [\w\[\]]+ = [^#]+  # \S.+", line)
+    ]
+    fields = schema.model_fields
+    seen = papermill.inspect_notebook(str(path))
+    if set(seen) != set(fields):
+        found.append(f"papermill sees {sorted(seen)}, the schema has {sorted(fields)}")
+    for statement in ast.parse(source).body:
+        name = ast.unparse(statement.target)
+        here = ast.unparse(statement.annotation), ast.literal_eval(statement.value)
+        if name in fields and here != (meant := (plain(fields[name].annotation), fields[name].default)):
+            found.append(f"{name} is {here}, in the schema {meant}")
+    return found
+
+
+def plain(annotation: Any) -> str:
+    """A schema's type as a parameters cell writes it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return plain(arguments[0])
+    if origin is Literal:
+        return type(arguments[0]).__name__
+    return f"list[{plain(arguments[0])}]" if origin is list else annotation.__name__
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = 1", False),
+        ("assert x", False),
+        ("import torch", False),
+        ("x", True),
+        ("f(x)", True),
+        ("ax.plot(x);", False),
+        ("print(x)\ny = 2", True),
+        ("for i in x:\n    print(i)", True),
+        ("def f():\n    print(1)", False),
+        ("%matplotlib inline\nx = 1", False),
+        ("fig = f()\nstudy.figure(fig, 'a')\nplt.show()", True),
+        ("study.metric('a', 1)", False),
+        ("study.close()", True),
+    ],
+)
+def test_cells_that_should_have_output(source, expected):
+    assert speaks(source) is expected
+
+
+def stored(*sources: str, outputs=(), counts=None):
+    new = nbformat.v4
+    cells = [new.new_code_cell(source, outputs=list(outputs)) for source in sources]
+    for cell, count in zip(cells, counts or range(1, len(cells) + 1), strict=True):
+        cell.execution_count = count
+    return new.new_notebook(cells=cells)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "message"),
+    [
+        (stored("x = 1", "x"), "code cell 2 should have output and has none"),
+        (stored("x = 1", "x = 2", counts=[1, 3]), "code cell 2 has execution count 3"),
+        (stored("x = 1", counts=[None]), "code cell 1 has execution count None"),
+        (stored("1 / 0", outputs=[nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="")]),
+         "code cell 1 stores an error: ZeroDivisionError"),
+        (stored("f()", outputs=[nbformat.v4.new_output("stream", name="stderr", text="warning")]),
+         "code cell 1 stores stderr: 'warning'"),
+    ],
+)
+def test_notebook_that_was_not_stored_after_a_clean_run_is_caught(notebook, message):
+    assert unexecuted(notebook) == [message]
+
+
+PARAMETERS = "seq_len: int = 400  # tokens"
+GOOD = ["# Title", PARAMETERS, "study = Study(S, globals())", "prose", "x = 1", "prose", "study.close()"]
+
+
+def drafted(sources: list[str]):
+    new = nbformat.v4
+    texts = ("# Title", "prose", "title")
+    cells = [new.new_markdown_cell(s) if s in texts else new.new_code_cell(s) for s in sources]
+    for cell in cells:
+        if cell.source == PARAMETERS:
+            cell.metadata["tags"] = ["parameters"]
+    return new.new_notebook(cells=cells)
+
+
+def test_notebook_in_good_shape_passes():
+    assert misshapen(drafted(GOOD)) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "instead", "message"),
+    [
+        (0, "title", "does not open with a title"),
+        (1, PARAMETERS + " ", "not tagged"),
+        (2, "x = 1\n" * 6 + "study = Study(S, globals())", "no setup of at most 6 lines"),
+        (4, "x = 1\n" * 26, "at most 26"),
+        (3, "y = 1", "only 1 of 3 code cells follow prose"),
+        (4, "seq_len = 3", "code cell 3 assigns seq_len"),
+        (4, "study.figure(fig, 'a')", "does not end with plt.show()"),
+        (6, "study.claim(c)", "does not close the record"),
+    ],
+)
+def test_departure_from_the_shape_is_caught(place, instead, message):
+    [found] = misshapen(drafted([*GOOD[:place], instead, *GOOD[place + 1:]]))
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seq_len: int = 300  # tokens", "seq_len is ('int', 300), in the schema ('int', 400)"),
+        ("seq_len: float = 400  # tokens", "seq_len is ('float', 400)"),
+        ("seq_len: int = 400", "not a line"),
+        ("seq_len: int = 400  # tokens\nx: int = 1  # more", "papermill sees"),
+    ],
+)
+def test_parameters_cell_that_differs_from_the_schema_is_caught(write_notebook, line, message):
+    schema = schemas()["01_induction_ablation"]
+    lines = {
+        name: f"{name}: {plain(field.annotation)} = {field.default!r}  # help"
+        for name, field in schema.model_fields.items()
+    }
+    assert disagreements(write_notebook(parameters="\n".join(lines.values())), schema) == []
+    lines["seq_len"] = line
+    [found] = disagreements(write_notebook(parameters="\n".join(lines.values())), schema)
+    assert message in found

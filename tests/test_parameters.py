@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lib.parameters import InductionAblation, NeighborMixing, ParameterError, check, schemas
+
+PARAMETERS_CELL = "seq_len: int = 400  # tokens\nk_values: list[int] = [1, 2]  # heads"
+
+
+def namespace(*cells: str, **values):
+    return {"In": ["", *cells], **values}
+
+
+def problems(schema=InductionAblation, *cells, **values) -> list[str]:
+    with pytest.raises(ParameterError) as caught:
+        check(schema, namespace(*cells, **values))
+    return str(caught.value).splitlines()
+
+
+def test_defaults_are_valid():
+    for study, schema in schemas().items():
+        assert check(schema, {}).study == study
+
+
+@pytest.mark.parametrize(
+    ("name", "received", "meant"),
+    [
+        ("k_values", "[1,2]", [1, 2]),  # papermill -p k_values "[1,2]"
+        ("k_values", [1, 2], [1, 2]),  # papermill -y
+        ("k_values", "(1, 2)", [1, 2]),
+        ("seq_len", "300", 300),  # papermill -r
+        ("seq_len", 3e2, 300),  # papermill -p seq_len 3e2
+        ("seq_len", "3e2", 300),  # papermill -y "seq_len: 3e2"
+        ("remote", "true", True),
+        ("use_cache", "False", False),
+        ("model_id", 1234, "1234"),
+    ],
+)
+def test_values_as_papermill_passes_them_are_read_as_meant(name, received, meant):
+    assert getattr(check(InductionAblation, {name: received}), name) == meant
+
+
+def test_words_arrive_as_a_python_list_in_a_string():
+    parameters = check(InductionAblation, {"words": "['a', 'b', 'c', 'd']", "rows": 2, "cols": 2})
+    assert parameters.words == ["a", "b", "c", "d"]
+
+
+def test_float_reads_what_yaml_leaves_a_string():
+    assert check(NeighborMixing, {"self_weight": "1e-4"}).self_weight == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seq_len": "abc"}, "seq_len: got 'abc'; a whole number is needed"),
+        ({"seq_len": 300.7}, "seq_len: got 300.7; a whole number is needed"),
+        ({"seq_len": True}, "seq_len: got True; a number is needed"),
+        ({"seq_len": None}, "seq_len: got None; a whole number is needed"),
+        ({"n_walks": 0}, "n_walks: got 0; at least 2 is needed"),
+        ({"k_values": 4}, "k_values: got 4; a list is needed, as in -p k_values '[1, 2]'"),
+        ({"k_values": [1, 0]}, "k_values[1]: got 0; at least 1 is needed"),
+        ({"k_values": "[1, 2.5]"}, "k_values[1]: got 2.5; a whole number is needed"),
+        ({"k_values": [1, "two"]}, "k_values[1]: got 'two'; a whole number is needed"),
+        ({"remote": "perhaps"}, "remote: got 'perhaps'; true or false is needed"),
+        ({"ablation": "median"}, "ablation: got 'median'; allowed: 'zero' or 'mean'"),
+        ({"window": 400}, "window: 400 tokens do not fit before the end of seq_len = 400"),
+        ({"words": ["apple"] * 16}, "words: each may stand once; repeated: apple"),
+        (
+            {"edges": ["apple-bird"]},
+            "edges: given, but graph is 'grid'; set graph to 'edges', or edges to []",
+        ),
+    ],
+)
+def test_wrong_value_is_named_with_what_is_allowed(values, message):
+    assert problems(**values) == [message]
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "culprit"),
+    [
+        ({"rows": 3}, "graph", "12 nodes and 16 words"),
+        ({"graph": "edges"}, "edges", "empty"),
+        ({"graph": "edges", "edges": ["apple-brd"]}, "edges", "did you mean 'bird'"),
+        ({"graph": "edges", "edges": ["apple-bird", "car-egg"]}, "edges", "disconnected"),
+        ({"graph": "edges", "edges": ["apple"]}, "edges", "'apple' is not a pair"),
+    ],
+)
+def test_graph_that_does_not_fit_is_named(values, name, culprit):
+    [line] = problems(**values)
+    assert line.startswith(f"{name}: ") and culprit in line
+
+
+def test_edge_list_uses_the_words_that_it_names():
+    graph = check(InductionAblation, {"graph": "edges", "edges": '["bird-apple", "bird-car"]'}).word_graph()
+    assert graph.words == ("apple", "bird", "car")
+
+
+@pytest.mark.parametrize("noise", [float("nan"), float("inf"), "nan"])
+def test_number_that_is_not_finite_is_refused(noise):
+    [line] = problems(NeighborMixing, noise=noise)
+    assert line.startswith("noise: got ")
+
+
+def test_misspelt_name_from_papermill_is_named_with_the_nearest():
+    lines = problems(InductionAblation, PARAMETERS_CELL, "# Parameters\nseqlen = 200\n")
+    assert lines == ["seqlen: no such parameter; did you mean seq_len?"]
+
+
+def test_misspelt_name_in_the_parameters_cell():
+    lines = problems(InductionAblation, PARAMETERS_CELL.replace("k_values", "k_value"))
+    assert lines == ["k_value: no such parameter; did you mean k_values?"]
+
+
+def test_name_like_no_other_lists_them_all():
+    [line] = problems(InductionAblation, PARAMETERS_CELL, "# Parameters\nzzz = 1\n")
+    assert line.startswith("zzz: no such parameter; there are model_id, device")
+
+
+def test_all_problems_come_at_once():
+    injected = "# Parameters\nseqlen = 200\nn_walk = 2\n"
+    lines = problems(InductionAblation, PARAMETERS_CELL, injected, layer="x", dtype="int8")
+    assert [line.split(":")[0] for line in lines] == ["seqlen", "n_walk", "dtype", "layer"]
+
+
+def test_setup_cell_can_be_rerun_after_other_cells():
+    later = ["walks = make_walks()", "for seed_ in range(3):\n    x = seed_", "seed = 3\nhistory = []"]
+    cells = [PARAMETERS_CELL, "# Parameters\nseq_len = 300\n", "study = Study()", *later, "%pwd"]
+    assert check(InductionAblation, namespace(*cells, seq_len=300, walks=1, history=[])).seq_len == 300
+
+
+def test_misspelling_that_was_corrected_is_forgotten():
+    wrong, right = PARAMETERS_CELL.replace("seq_len", "seqlen"), PARAMETERS_CELL
+    assert check(InductionAblation, namespace(wrong, "setup", right, seq_len=400)).seq_len == 400
+    injected = ["# Parameters\nseqlen = 200\n", "setup", "# Parameters\nseq_len = 300\n"]
+    assert check(InductionAblation, namespace(right, *injected, seq_len=300)).seq_len == 300
+
+
+def test_parameters_can_not_be_changed_after_the_check():
+    parameters = check(InductionAblation, {})
+    with pytest.raises(ValueError, match="frozen"):
+        parameters.seq_len = 3
+
+
+def test_notebook_shows_the_message_alone():
+    error = ParameterError("seqlen: no such parameter; did you mean seq_len?")
+    assert error._render_traceback_() == ["ParameterError: seqlen: no such parameter; did you mean seq_len?"]
+
+
+def test_nothing_heavy_loads_before_the_check():
+    code = (
+        "import sys; from lib.parameters import InductionAblation; from lib.record import Study\n"
+        "try: Study(InductionAblation, {'seq_len': 'abc'})\n"
+        "except ValueError: pass\n"
+        "print(sorted({'torch', 'transformers', 'nnsight', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

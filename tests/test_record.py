@@ -1,0 +1,415 @@
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lib.record
+from lib import ROOT
+from lib.claims import Claim
+from lib.parameters import InductionAblation, ParameterError
+from lib.record import Cache, RecordError, Study, read_records, validate_record
+
+KEY = {"seq_len": 200, "weights": "abc", "ks": [1, 2]}
+
+
+@pytest.fixture
+def study(figures) -> Study:
+    return Study(InductionAblation, {"seq_len": 300})
+
+
+@pytest.fixture
+def figure():
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(2, 2))
+    axes.plot([0, 1], [0, 1], "o-")
+    axes.imshow(np.eye(3))
+    yield fig
+    plt.close(fig)
+
+
+class Counted:
+    """A computation that counts its calls."""
+
+    def __init__(self, **arrays):
+        self.arrays, self.calls = arrays or {"a": np.arange(1000.0), "nan": np.array([np.nan])}, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.arrays
+
+
+# --- cache
+
+
+def test_second_run_reads_what_the_first_computed(tmp_path):
+    compute = Counted()
+    first = Cache(tmp_path).get("sweep", KEY, compute)
+    again = Cache(tmp_path).get("sweep", KEY, compute)
+    assert compute.calls == 1
+    for name, array in compute.arrays.items():
+        np.testing.assert_array_equal(first[name], array)
+        np.testing.assert_array_equal(again[name], array)
+        assert again[name].dtype == array.dtype
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{**KEY, "seq_len": 201}, {**KEY, "weights": "abd"}, {**KEY, "ks": [2, 1]}, {**KEY, "ks": [1.0, 2]},
+     {**KEY, "mask": np.eye(2)}],
+)
+def test_another_key_is_another_result(tmp_path, other):
+    compute = Counted()
+    Cache(tmp_path).get("sweep", KEY, compute)
+    Cache(tmp_path).get("sweep", other, compute)
+    Cache(tmp_path).get("other sweep", KEY, compute)
+    assert compute.calls == 3
+
+
+def test_arrays_in_a_key_count_by_content(tmp_path):
+    compute = Counted()
+    for mask in (np.eye(2), np.eye(2), np.eye(2, dtype=bool), np.eye(2).reshape(-1)):
+        Cache(tmp_path).get("sweep", {"mask": mask}, compute)
+    assert compute.calls == 3
+
+
+def test_code_and_library_versions_are_part_of_the_key(tmp_path, monkeypatch):
+    compute = Counted()
+    Cache(tmp_path).get("sweep", KEY, compute)
+    with monkeypatch.context() as patch:
+        patch.setattr(lib.record, "code_version", lambda: "other code")
+        Cache(tmp_path).get("sweep", KEY, compute)
+    with monkeypatch.context() as patch:
+        patch.setattr(lib.record.metadata, "version", lambda package: "0.0")
+        Cache(tmp_path).get("sweep", KEY, compute)
+    assert compute.calls == 3
+
+
+def test_function_of_the_notebook_is_part_of_the_key(tmp_path):
+    def results(source: str) -> float:
+        notebook = {"__name__": "__main__", "np": np}
+        exec(source, notebook)
+        return Cache(tmp_path).get("sweep", KEY, notebook["compute"])["x"].item()
+
+    source = "def scale(x):\n    return {} * x\ncompute = lambda: {{'x': np.array(scale(2))}}"
+    assert results(source.format(1)) == 2
+    assert results(source.format(10)) == 20, "an edited helper that the computation calls was not noticed"
+    assert results("# comment\n\n" + source.format(1)) == 2
+    assert len(list(tmp_path.iterdir())) == 2, "a moved line made another entry"
+
+
+def test_partial_computes_under_its_function(tmp_path):
+    def compute(x):
+        return {"x": np.array(x)}
+
+    assert Cache(tmp_path).get("a", {"x": 1}, functools.partial(compute, 1))["x"] == 1
+    assert Cache(tmp_path).get("a", {"x": 2}, functools.partial(compute, 2))["x"] == 2
+
+
+def test_edit_of_lib_in_a_running_process_gives_a_version_of_its_own(monkeypatch):
+    before = lib.record.code_version()
+    monkeypatch.setattr(lib.record, "_sources_hash", lambda: "edited")
+    during = lib.record.code_version()
+    monkeypatch.setattr(lib.record, "_SOURCES_AT_IMPORT", "edited")
+    assert len({before, during, lib.record.code_version()}) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1: 2}, object(), {"x": {3}}])
+def test_key_that_json_would_change_is_refused(tmp_path, value):
+    with pytest.raises((TypeError, ValueError)):
+        Cache(tmp_path).get("sweep", {"value": value}, Counted())
+    assert not list(tmp_path.iterdir())
+
+
+def test_objects_are_refused_before_they_are_pickled(tmp_path):
+    with pytest.raises(TypeError, match="sweep: x is no array"):
+        Cache(tmp_path).get("sweep", KEY, lambda: {"x": [object()]})
+
+
+def test_flip_of_any_bit_is_noticed_and_named(tmp_path, capsys):
+    compute = Counted(a=np.arange(4.0))
+    cache = Cache(tmp_path)
+    cache.get("sweep", KEY, compute)
+    [entry] = tmp_path.iterdir()
+    good = entry.read_bytes()
+    places = [*range(0, len(good), 7), len(good) - 1]
+    for calls, place in enumerate(places, start=2):
+        entry.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1:])
+        np.testing.assert_array_equal(cache.get("sweep", KEY, compute)["a"], compute.arrays["a"])
+        assert compute.calls == calls, f"flip in byte {place} was not noticed"
+        assert str(entry) in capsys.readouterr().err
+        assert entry.read_bytes() == good
+
+
+@pytest.mark.parametrize("length", [0, 10, 64, 500])
+def test_truncated_entry_is_computed_again(tmp_path, capsys, length):
+    compute = Counted()
+    cache = Cache(tmp_path)
+    cache.get("sweep", KEY, compute)
+    [entry] = tmp_path.iterdir()
+    entry.write_bytes(entry.read_bytes()[:length])
+    cache.get("sweep", KEY, compute)
+    assert compute.calls == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_entry_of_another_key_is_not_taken(tmp_path, capsys):
+    cache, compute = Cache(tmp_path), Counted()
+    cache.get("sweep", KEY, compute)
+    [mine] = tmp_path.iterdir()
+    cache.get("sweep", {"other": 1}, compute)
+    [other] = set(tmp_path.iterdir()) - {mine}
+    other.replace(mine)
+    cache.get("sweep", KEY, compute)
+    assert compute.calls == 3
+    assert "another key" in capsys.readouterr().err
+
+
+def test_undamaged_cache_is_silent(tmp_path, capsys):
+    for _ in range(2):
+        Cache(tmp_path).get("sweep", KEY, Counted())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_cache_turned_off_neither_reads_nor_writes(tmp_path):
+    compute = Counted()
+    for _ in range(2):
+        Cache(tmp_path, enabled=False).get("sweep", KEY, compute)
+    assert compute.calls == 2 and not list(tmp_path.iterdir())
+
+
+def _write_and_read(folder: str, worker: int) -> bool:
+    expected = np.full(200_000, 1.0)
+    results = [Cache(folder).get("shared", {"i": i}, lambda: {"x": expected})["x"] for i in range(5)]
+    return all((result == expected).all() for result in results)
+
+
+def test_many_processes_write_the_same_entries(tmp_path, capfd):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert all(pool.starmap(_write_and_read, [(str(tmp_path), worker) for worker in range(8)]))
+    assert len(list(tmp_path.iterdir())) == 5
+    assert "damaged" not in capfd.readouterr().err
+
+
+SWEEP = """
+import os, sys
+import numpy as np
+from lib.record import Cache
+kill_at, total = int(sys.argv[2]), 0.0
+for condition in range(6):
+    def compute(condition=condition):
+        if condition == kill_at:
+            os.kill(os.getpid(), 9)
+        print("computed", condition)
+        return {"x": np.random.default_rng(condition).normal(size=1000)}
+    total += Cache(sys.argv[1]).get("sweep", {"condition": condition}, compute)["x"].sum()
+    sys.stdout.flush()
+print("total", repr(total))
+"""
+
+
+def test_killed_sweep_continues_where_it_was(tmp_path):
+    def sweep(folder: str, kill_at: int) -> tuple[int, list[str]]:
+        command = [sys.executable, "-c", SWEEP, str(tmp_path / folder), str(kill_at)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        return run.returncode, run.stdout.splitlines()
+
+    _, whole = sweep("whole", -1)
+    for point in range(1, 6):
+        status, done = sweep("killed", point)
+        assert status == -9 and done == [f"computed {point - 1}"], "the rerun did not continue"
+    status, rest = sweep("killed", -1)
+    assert (status, rest) == (0, ["computed 5", whole[-1]])
+
+
+def test_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "elsewhere"))
+    Cache().get("sweep", KEY, Counted())
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+    monkeypatch.delenv("CACHE_DIR")
+    assert Cache().folder == ROOT / ".cache"
+
+
+# --- study and record
+
+
+def finish(study: Study, figure) -> Path:
+    study.figure(figure, "accuracy", alt="Accuracy <rises> & stays", accuracy=np.arange(3.0))
+    study.claim(Claim.test("a", "It rises", source="here", measured=0.2, interval=(0.1, 0.3), above=0.0))
+    study.metric("accuracy", 0.9, interval=(0.8, 0.95), n="16 walks")
+    study.metric("energy", None, reason="a word never occurred")
+    study.model({"model_id": "organism/induction", "sha256": "0" * 64})
+    study.close()
+    return study.folder / "record.json"
+
+
+def test_record_tells_what_was_run(study, figure, figures):
+    path = finish(study, figure)
+    assert path == figures / "01_induction_ablation" / "record.json"
+    record = validate_record(path)
+    assert record.parameters["seq_len"] == 300 and record.parameters["k_values"] == [1, 2, 4, 8, 16]
+    assert record.claims[0].verdict == "holds" and record.claims[0].interval == (0.1, 0.3)
+    assert record.metrics["accuracy"].n == "16 walks" and record.metrics["energy"].value is None
+    assert record.models == [{"model_id": "organism/induction", "sha256": "0" * 64}]
+    assert set(record.artifacts) == {"accuracy.svg", "accuracy.png", "accuracy.npz"}
+    assert record.versions["torch"].startswith("2.13.0") and record.peak_memory_mb > 10
+    assert {file.name for file in path.parent.iterdir()} == {*record.artifacts, "record.json"}
+
+
+def test_notebook_shows_the_claims_at_the_end(study):
+    study.claim(Claim.test("a", "It rises", source="here", measured=0.2, above=0.0))
+    table = study.close()
+    assert "It rises" in repr(table) and "<td>holds</td>" in table._repr_html_()
+
+
+def test_claim_stated_twice_counts_once(study):
+    for measured in (0.2, -0.2):
+        study.claim(Claim.test("a", "It rises", source="here", measured=measured, above=0.0))
+    study.close()
+    assert [claim.verdict for claim in validate_record(study.folder / "record.json").claims] == ["fails"]
+
+
+def test_new_run_removes_the_old_record(study, figure):
+    path = finish(study, figure)
+    Study(InductionAblation, {})
+    assert not path.exists()
+
+
+def test_wrong_parameter_leaves_the_folder_alone(study, figure):
+    path = finish(study, figure)
+    with pytest.raises(ParameterError):
+        Study(InductionAblation, {"seq_len": "abc"})
+    validate_record(path)
+
+
+@pytest.mark.parametrize("change", ["claim", "metric", "figure", "model"])
+def test_result_after_the_record_reopens_the_run(study, figure, change):
+    path = finish(study, figure)
+    {
+        "claim": lambda: study.claim(Claim.test("b", "x", source="here", measured=1, above=0)),
+        "metric": lambda: study.metric("more", 1.0),
+        "figure": lambda: study.figure(figure, "accuracy", alt="again", x=1),
+        "model": lambda: study.model({"model_id": "gpt2"}),
+    }[change]()
+    assert not path.exists()
+    study.close()
+    validate_record(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_metric_that_is_no_number_needs_a_reason(study, value):
+    with pytest.raises(ValueError, match="metric energy"):
+        study.metric("energy", value)
+
+
+def test_record_that_can_not_be_written_leaves_none(study, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        study.close()
+    assert list(study.folder.iterdir()) == []
+
+
+def test_out_dir_is_taken_from_the_repository_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = os.path.relpath(tmp_path / "results", ROOT)
+    assert Study(InductionAblation, {"out_dir": relative}).folder.resolve() == tmp_path / "results"
+    assert Study(InductionAblation, {"out_dir": str(tmp_path / "x")}).folder == tmp_path / "x"
+
+
+# --- figures
+
+
+def test_figure_needs_alt_text_and_numbers(study, figure):
+    with pytest.raises(ValueError, match="alt text"):
+        study.figure(figure, "accuracy", alt=" ", x=1)
+    with pytest.raises(ValueError, match="numbers"):
+        study.figure(figure, "accuracy", alt="Accuracy rises")
+
+
+def test_figure_has_alt_text_white_ground_and_its_numbers(study, figure):
+    import matplotlib.image
+
+    finish(study, figure)
+    svg = (study.folder / "accuracy.svg").read_text()
+    assert "<title>Accuracy &lt;rises&gt; &amp; stays</title>" in svg and "<dc:date>" not in svg
+    artifacts = validate_record(study.folder / "record.json").artifacts
+    assert artifacts["accuracy.png"].alt == "Accuracy <rises> & stays"
+    pixels = matplotlib.image.imread(study.folder / "accuracy.png")
+    assert pixels.ndim == 3 and (pixels[0, 0] == 1).all(), "the corner is not opaque white"
+    assert np.load(study.folder / "accuracy.npz")["accuracy"].tolist() == [0, 1, 2]
+
+
+def test_same_figure_has_the_same_bytes_in_another_process(tmp_path):
+    code = (
+        "import sys, matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as plt\n"
+        "from lib.parameters import InductionAblation; from lib.record import Study\n"
+        "study = Study(InductionAblation, {'out_dir': sys.argv[1]})\n"
+        "fig, ax = plt.subplots(); ax.plot([0, 1], 'o-', label='a'); ax.imshow([[0, 1]]); ax.legend()\n"
+        "study.figure(fig, 'f', alt='A line', x=[0, 1])"
+    )
+    for seed in ("1", "2"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], check=True,
+                       env={**os.environ, "PYTHONHASHSEED": seed})
+    for name in ("f.svg", "f.png", "f.npz"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
+# --- validation
+
+
+def test_missing_record_is_said_so(tmp_path):
+    with pytest.raises(RecordError, match="there is no record"):
+        validate_record(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "field", "missing", "nan", "version"])
+def test_broken_record_is_refused(study, figure, damage):
+    path = finish(study, figure)
+    text = path.read_text()
+    document = json.loads(text)
+    if damage == "field":
+        document["surprise"] = 1
+    elif damage == "missing":
+        del document["claims"]
+    elif damage == "nan":
+        document["metrics"]["accuracy"]["value"] = float("nan")
+    elif damage == "version":
+        document["schema_version"] = 2
+    path.write_text(text[:100] if damage == "truncated" else json.dumps(document))
+    with pytest.raises(RecordError, match="record.json: .*run the study again"):
+        validate_record(path)
+
+
+def test_record_is_of_the_files_beside_it(study, figure):
+    path = finish(study, figure)
+    figure_file = path.parent / "accuracy.png"
+    figure_file.write_bytes(figure_file.read_bytes() + b" ")
+    with pytest.raises(RecordError, match="accuracy.png is not the file that was recorded"):
+        validate_record(path)
+    figure_file.unlink()
+    with pytest.raises(RecordError, match="accuracy.png is missing"):
+        validate_record(path)
+
+
+def test_records_are_read_in_order(figures, figure):
+    for name in ("02_b", "01_a"):
+        study = Study(InductionAblation, {"out_dir": str(figures / name)})
+        study.close()
+    assert len(read_records(figures)) == 2
+    (figures / "01_a" / "record.json").write_text("{")
+    with pytest.raises(RecordError, match="01_a"):
+        read_records(figures)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from lib import run
+from lib.record import validate_record
+
+FINISH = """from lib.claims import Claim
+study.claim(Claim.test("a", "Accuracy rises", source="Arditi-26", measured=0.3, interval=(0.2, 0.4),
+                       above=0.1, published=0.9, n="16 walks"))
+print("k_values", p.k_values, "seq_len", p.seq_len)
+study.close()"""
+
+
+@pytest.fixture
+def run_studies(tmp_path, figures, capsys):
+    """Run the command line on the notebooks of this test; returns its status and what it printed."""
+
+    def main(*argv: str) -> tuple[int, str]:
+        status = run.main(list(argv), tmp_path / "notebooks", tmp_path / "runs")
+        return status, capsys.readouterr().out
+
+    return main
+
+
+def test_finished_study_leaves_record_notebook_and_table(run_studies, write_notebook, figures, tmp_path):
+    write_notebook(FINISH)
+    status, said = run_studies()
+    assert status == 0
+    assert "Accuracy rises (Arditi-26)  0.3 [0.2, 0.4] (16 walks)  > 0.1  0.9        holds" in said
+    assert "1 of 1 studies left a valid record" in said
+    validate_record(figures / "01_induction_ablation" / "record.json")
+    executed = nbformat.read(tmp_path / "runs" / "01_induction_ablation.ipynb", as_version=4)
+    assert "0.3 [0.2, 0.4]" in str(executed.cells[-1].outputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "effective"),
+    [
+        (["-p", "k_values", "[1, 2]", "-p", "seq_len", "300"], "k_values [1, 2] seq_len 300"),
+        (["-y", "{k_values: [4, 8], seq_len: 3e2}"], "k_values [4, 8] seq_len 300"),
+        (["-r", "seq_len", "300"], "k_values [1, 2] seq_len 300"),
+    ],
+)
+def test_parameters_pass_through_papermill(run_studies, write_notebook, tmp_path, options, effective):
+    write_notebook(FINISH)
+    assert run_studies(*options)[0] == 0
+    assert effective in (tmp_path / "runs" / "01_induction_ablation.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-p", "seqlen", "200"], "ParameterError: seqlen: no such parameter; did you mean seq_len?"),
+        (["-p", "seq_len", "abc"], "ParameterError: seq_len: got 'abc'; a whole number is needed"),
+        (["-p", "k_values", "[1, 0]"], "ParameterError: k_values[1]: got 0; at least 1 is needed"),
+        (["-p", "seq_len"], "requires 2 arguments"),
+    ],
+)
+def test_wrong_parameter_stops_the_study(run_studies, write_notebook, figures, options, message):
+    write_notebook(FINISH)
+    status, said = run_studies("--study", "01", *options)
+    assert status == 1
+    assert "FAILED 01_induction_ablation" in said and message in said
+    assert "Traceback" not in said
+    assert not list(figures.rglob("*"))
+
+
+def test_raw_papermill_stops_too(write_notebook, figures, tmp_path):
+    notebook = write_notebook("import time; time.sleep(60)", FINISH)
+    started = time.monotonic()
+    papermill = subprocess.run(
+        [sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb", "-p", "seqlen", "200"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )
+    assert papermill.returncode != 0
+    assert "seqlen: no such parameter; did you mean seq_len?" in papermill.stderr
+    assert time.monotonic() - started < 30
+
+
+def test_error_in_a_cell_is_shown_and_leaves_no_record(run_studies, write_notebook, figures):
+    write_notebook(FINISH)
+    assert run_studies()[0] == 0
+    write_notebook("1 / 0", FINISH)
+    status, said = run_studies()
+    assert status == 1
+    assert 'Exception encountered at "In [3]"' in said and "ZeroDivisionError: division by zero" in said
+    assert not list(figures.rglob("record.json")), "the record of the earlier run is still there"
+
+
+def test_killed_kernel_is_reported(run_studies, write_notebook, figures):
+    write_notebook("import os; os.kill(os.getpid(), 9)", FINISH)
+    status, said = run_studies()
+    assert status == 1
+    assert "Kernel died" in said and "0 of 1 studies" in said
+    assert not list(figures.rglob("record.json"))
+
+
+def test_notebook_that_starts_no_study_does_not_pass_by_the_old_record(run_studies, write_notebook):
+    write_notebook(FINISH)
+    assert run_studies()[0] == 0
+    write_notebook("print('nothing')", setup="import os")
+    status, said = run_studies()
+    assert status == 1
+    assert "is of an earlier run" in said
+    write_notebook(FINISH, setup="import os; os.kill(os.getpid(), 9)")
+    assert run_studies()[0] == 1
+
+
+def test_misspelt_parameter_keeps_the_last_record(run_studies, write_notebook, figures):
+    write_notebook(FINISH)
+    assert run_studies()[0] == 0
+    assert run_studies("-p", "seqlen", "200")[0] == 1
+    validate_record(figures / "01_induction_ablation" / "record.json")
+
+
+def test_notebook_without_record_has_failed(run_studies, write_notebook):
+    write_notebook("print('all fine')")
+    status, said = run_studies()
+    assert status == 1
+    assert "there is no record; the study did not finish" in said
+
+
+def test_study_that_takes_too_long_is_stopped_with_its_kernel(run_studies, write_notebook, tmp_path):
+    mark = tmp_path / "still running"
+    write_notebook(f"import time\nfor i in range(40):\n    time.sleep(0.5); open({str(mark)!r}, 'w').close()")
+    status, said = run_studies("--timeout", "6")
+    assert status == 1
+    assert "longer than 6 s" in said
+    time.sleep(2)
+    mark.unlink(missing_ok=True)
+    time.sleep(2)
+    assert not mark.exists(), "the kernel goes on"
+
+
+def test_one_failure_does_not_keep_others_from_running_and_start_here_comes_last(
+    run_studies, write_notebook, tmp_path
+):
+    good = write_notebook(FINISH)
+    (tmp_path / "notebooks" / "00_start_here.ipynb").write_bytes(good.read_bytes())
+    good.rename(tmp_path / "notebooks" / "02_neighbor_mixing.ipynb")
+    write_notebook("1 / 0")
+    status, said = run_studies()
+    assert status == 1
+    order = [said.index(f"\n{study} ") for study in ("02_neighbor_mixing", "00_start_here")]
+    assert said.startswith("01_induction_ablation ") and order == sorted(order)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--study", "03"], "no study '03'; there are: 01_induction_ablation"),
+        (["-p", "out_dir", "x"], "set the variable FIGURES_DIR instead"),
+        (["--refresh", "-p", "seq_len", "300"], "leave the parameters out"),
+    ],
+)
+def test_impossible_request_is_refused_before_anything_runs(write_notebook, tmp_path, capsys, argv, message):
+    write_notebook(FINISH)
+    with pytest.raises(SystemExit) as stop:
+        run.main(argv, tmp_path / "notebooks", tmp_path / "runs")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebook):
+    notebook = write_notebook(FINISH)
+    assert run_studies("--refresh")[0] == 0
+    stored = nbformat.read(notebook, as_version=4)
+    assert [cell.execution_count for cell in stored.cells] == [1, 2, 3]
+    assert "0.3 [0.2, 0.4]" in str(stored.cells[-1].outputs)
+    assert stored.cells[0].metadata == {"tags": ["parameters"]} and stored.cells[1].metadata == {}
+    assert "papermill" not in notebook.read_text()
+    first = notebook.read_bytes()
+    assert run_studies("--refresh")[0] == 0
+    assert notebook.read_bytes() == first, "a second refresh differs"
+
+
+def test_failed_refresh_leaves_the_notebook(run_studies, write_notebook):
+    notebook = write_notebook("1 / 0")
+    before = notebook.read_bytes()
+    assert run_studies("--refresh")[0] == 1
+    assert notebook.read_bytes() == before
