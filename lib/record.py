@@ -192,12 +192,12 @@ class Cache:
     process killed at any point leaves a whole entry or none, and several may write at once.
 
     Args:
-        folder: None for CACHE_DIR, else .cache in the repository.
+        folder: None for CACHE_DIR, else .cache; a relative one is taken from the repository's root.
         enabled: whether to read and write at all.
     """
 
     def __init__(self, folder: str | Path | None = None, enabled: bool = True):
-        self.folder = Path(folder or os.environ.get("CACHE_DIR") or ROOT / ".cache").expanduser()
+        self.folder = ROOT / Path(folder or os.environ.get("CACHE_DIR") or ".cache").expanduser()
         self.enabled = enabled
 
     def get(
@@ -207,9 +207,9 @@ class Cache:
 
         Args:
             name: of the result, readable; part of the key.
-            key: all that `compute` depends on besides code: parameters, weight hash, condition. Plain
-                values and arrays. The code of lib, that of `compute` and of the notebook's functions that
-                it calls, and the versions of torch, numpy, transformers and nnsight are added.
+            key: all that `compute` depends on besides code: parameters, weight hash, condition, device.
+                Plain values and arrays. The code of lib, that of `compute` and of the notebook's functions
+                that it calls, and the versions of torch, numpy, transformers and nnsight are added.
             compute: returns arrays by name.
 
         Returns:
@@ -234,8 +234,8 @@ class Cache:
 
 
 def figures_folder() -> Path:
-    """Folder of all studies' figures and records: FIGURES_DIR, else figures in the repository."""
-    return Path(os.environ.get("FIGURES_DIR") or ROOT / "figures").expanduser().absolute()
+    """Folder of all studies' figures and records: FIGURES_DIR, else figures; see `Study` on relative ones."""
+    return ROOT / Path(os.environ.get("FIGURES_DIR") or "figures").expanduser()
 
 
 def read_records(folder: str | Path | None = None) -> list[Record]:
