@@ -186,9 +186,12 @@ def disagreements(path: Path, schema) -> list[str]:
         found.append(f"papermill sees {sorted(seen)}, the schema has {sorted(fields)}")
     for statement in ast.parse(source).body:
         name = ast.unparse(statement.target)
-        here = ast.unparse(statement.annotation), ast.literal_eval(statement.value)
-        if name in fields and here != (meant := (plain(fields[name].annotation), fields[name].default)):
-            found.append(f"{name} is {here}, in the schema {meant}")
+        if name not in fields:
+            continue
+        type_, default = ast.unparse(statement.annotation), ast.literal_eval(statement.value)
+        meant = plain(fields[name].annotation), fields[name].default
+        if (type_, default) != meant and ("list", default) != (type_, meant[1]):  # a bare list will do
+            found.append(f"{name} is {(type_, default)}, in the schema {meant}")
     return found
 
 
