@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import ipywidgets as widgets
@@ -56,29 +57,36 @@ def mixing_stills(
 def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.VBox:
     """Sliders for graph, steps, self-weight, dimension, rank and noise over a live PCA picture.
 
+    The picture is an image, not a captured output: notebooks also run without a browser, and there a
+    capture can wait for its client for ever.
+
     Args:
         graphs: what the menu offers.
         seed: of the node vectors, the same for every setting so that only the setting changes.
     """
-    style = {"description_width": "7em"}
     controls = {
         "graph": widgets.Dropdown(options={graph.name: graph for graph in graphs}),
         "steps": widgets.IntSlider(1, 0, 10),
-        "self_weight": widgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.1),
-        "log2_d": widgets.IntSlider(12, 4, 12),
-        "rank_share": widgets.FloatSlider(1.0, min=0.05, max=1.0, step=0.05),
-        "noise": widgets.FloatSlider(0.0, min=0.0, max=3.0, step=0.1),
+        "self-weight": widgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.1),
+        "log2 dimension": widgets.IntSlider(12, 4, 12),
+        "rank / dimension": widgets.FloatSlider(1.0, min=0.05, max=1.0, step=0.05),
+        "noise (SD)": widgets.FloatSlider(0.0, min=0.0, max=3.0, step=0.1),
     }
-    names = ("graph", "steps", "self-weight", "log2 dimension", "rank / dimension", "noise (SD)")
-    for control, name in zip(controls.values(), names, strict=True):
-        control.description, control.style, control.continuous_update = name, style, False
+    picture = widgets.Image(format="png", width=420)
 
-    def redraw(graph: Graph, steps: int, self_weight: float, log2_d: int, rank_share: float, noise: float):
+    def redraw(_=None):
+        graph, steps, self_weight, log2_d, rank_share, noise = (each.value for each in controls.values())
         d = 2**log2_d
-        _, ax = plt.subplots(figsize=(4.2, 4.0))
-        draw_mixing(ax, graph, d=d, self_weight=self_weight, steps=steps, rank=round(rank_share * d),
-                    noise=noise, seed=seed)
-        plt.show()
+        figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+        draw_mixing(figure.add_subplot(), graph, d=d, self_weight=self_weight, steps=steps,
+                    rank=max(1, round(rank_share * d)), noise=noise, seed=seed)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        picture.value = buffer.getvalue()
 
-    picture = widgets.interactive_output(redraw, controls)
-    return widgets.VBox([widgets.VBox(list(controls.values())), picture])
+    redraw()
+    for name, control in controls.items():
+        control.description, control.style = name, {"description_width": "7em"}
+        control.continuous_update = False  # one picture when the slider is let go
+        control.observe(redraw, names="value")
+    return widgets.VBox([*controls.values(), picture])

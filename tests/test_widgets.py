@@ -73,6 +73,18 @@ def test_sliders_redraw_with_what_they_say(drawn):
     assert settings == {"d": 256, "self_weight": 0.4, "steps": 3, "rank": 64, "noise": 0.5, "seed": 7}
 
 
+def test_picture_is_an_image_that_follows_the_sliders():
+    explorer = widgets.mixing_explorer([GRID])
+    (picture,) = (child for child in explorer.children if isinstance(child, ipywidgets.Image))
+    before = bytes(picture.value)
+    assert before.startswith(b"\x89PNG")
+    find(explorer, "self-weight").value = 0.0
+    assert bytes(picture.value).startswith(b"\x89PNG") and bytes(picture.value) != before
+    find(explorer, "self-weight").value = 1.0
+    assert bytes(picture.value) == before, "the same settings show the same picture"
+    assert not plt.get_fignums(), "no figure is left open"
+
+
 def test_every_corner_of_the_sliders_can_be_drawn():
     explorer = widgets.mixing_explorer([GRID])
     for end in ("min", "max"):
