@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ class HeadScores(NamedTuple):
 
 
 def repeated_random_tokens(
-    tokens: np.ndarray | list[int], n_sequences: int = 32, period: int = 32, seed: int = 0
+    tokens: Sequence[int], n_sequences: int = 32, period: int = 32, seed: int = 0
 ) -> np.ndarray:
     """Sequences of `period` random tokens, repeated once [sequence, 2 * period]."""
     rng = np.random.default_rng(seed)
@@ -60,7 +61,7 @@ def attention_spectrum(
     length = ids.shape[1] - n_prefix
     total = torch.zeros(n_layers, n_heads, length, dtype=torch.float64)
     for rows in ids.split(batch_size):
-        with eager_attention(model), torch.no_grad(), model.trace(rows, use_cache=False) as tracer:
+        with eager_attention(model), torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
             sums = [_offset_sums(block.self_attn.output[1], n_prefix) for block in model.layers]
             batch = torch.stack(sums).cpu().save()
             tracer.stop()
@@ -71,7 +72,7 @@ def attention_spectrum(
 
 def head_scores(
     model: TransformersModel,
-    tokens: np.ndarray | list[int],
+    tokens: Sequence[int],
     *,
     n_sequences: int = 32,
     period: int = 32,
@@ -106,6 +107,29 @@ def head_scores(
         anti_induction=spectrum[..., period + 1],
         spectrum=spectrum,
     )
+
+
+def second_copy_loss(
+    model: TransformersModel,
+    tokens: Sequence[int],
+    *,
+    n_sequences: int = 32,
+    period: int = 32,
+    seed: int = 0,
+    bos: int | None = None,
+) -> float:
+    """Mean cross-entropy (nats) on the second copy of repeated random tokens, without its first token.
+
+    The stimulus of `head_scores`. A uniform guess over `tokens` has log(len(tokens)), a model that copies
+    less.
+    """
+    ids = torch.from_numpy(repeated_random_tokens(tokens, n_sequences, period, seed))
+    if bos is not None:
+        ids = torch.cat([torch.full((len(ids), 1), bos), ids], dim=1)
+    with torch.no_grad(), model.trace(ids.to(model.device), use_cache=False):
+        # Logits at a token predict the next one; the first token of the second copy comes as a surprise.
+        logits = model.lm_head.output[:, -period:-1].float().cpu().save()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -period + 1 :].flatten()).item()
 
 
 def top_heads(scores: np.ndarray, k: int | None = None) -> list[tuple[int, int]]:

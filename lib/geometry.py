@@ -167,6 +167,19 @@ def in_betweenness(
     return ((activations - own) * line).sum(-1) / (line**2).sum(-1)
 
 
+def half_way(x: np.ndarray, y: np.ndarray) -> float:
+    """Where a curve has first made half of its way from its first value up to its maximum.
+
+    Linear between points; NaN when the curve never exceeds its first value.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if y.max() <= y[0]:
+        return float("nan")
+    level = (y[0] + y.max()) / 2
+    after = int(np.argmax(y >= level))
+    return float(np.interp(level, y[after - 1 : after + 1], x[after - 1 : after + 1]))
+
+
 def shuffled_label_null(
     statistic: Callable[[np.ndarray, Graph], float], points: np.ndarray, graph: Graph, n: int, seed: int
 ) -> np.ndarray:

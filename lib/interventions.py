@@ -1,15 +1,19 @@
 """Interventions on attention heads, and sweeps over them with the conditions in the batch.
 
 The unit of work is a batch of (condition, sequence) rows: every row carries its
-own mask of ablated heads, so that a sweep is a few large forwards. Conditions
-that ablate the same heads run once, and a row starts at the lowest layer that
-it touches: below that the stream is the baseline's, computed once.
+own mask of ablated heads, so that a sweep is a few large forwards. Nothing is
+computed twice: conditions that ablate the same heads run once, and a condition
+starts at the first layer in which it differs from one that has run, from that
+one's residual stream.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -57,14 +61,24 @@ class Sweep:
         class_sums: residual stream at the input of the read layer, summed over the window's
             tokens of each class, float32 [condition, sequence, class, d_model].
         class_counts: number of those tokens [sequence, class].
-        n_forwards: (condition, sequence) rows that were run, of how many asked for.
+        work: share of the blocks' forwards that was run; the rest was shared between conditions.
     """
 
     conditions: tuple[Condition, ...]
     word_probabilities: np.ndarray
     class_sums: np.ndarray
     class_counts: np.ndarray
-    n_forwards: tuple[int, int]
+    work: float
+
+    def select(self, conditions: Sequence[int]) -> Sweep:
+        """The sweep of these conditions alone, by index."""
+        rows = list(conditions)
+        return replace(
+            self,
+            conditions=tuple(self.conditions[i] for i in rows),
+            word_probabilities=self.word_probabilities[rows],
+            class_sums=self.class_sums[rows],
+        )
 
     def class_means(self, sequences: np.ndarray | None = None) -> np.ndarray:
         """Class means [condition, class, d_model], NaN for a class that never occurs.
@@ -224,25 +238,29 @@ def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> to
 
 
 def word_probabilities(
-    model: TransformersModel, final_stream: torch.Tensor, word_ids: torch.Tensor, max_logits: int = 2**21
+    model: TransformersModel, final_stream: torch.Tensor, word_ids: torch.Tensor, max_logits: int = 0
 ) -> torch.Tensor:
     """Inside a trace: next-token probabilities of a few words, without keeping the other logits.
 
     Args:
         final_stream: `model.norm.output` [batch, token, d_model].
         word_ids: [word].
-        max_logits: logits that may exist at a time; more tokens are taken in chunks.
+        max_logits: logits that may exist at a time, taken by chunks of tokens; 0 is 1 million (4 MB in
+            float32) on a CPU and 128 million elsewhere.
 
     Returns:
-        [batch, token, word], float32: exp of the word's logit minus the log-sum-exp over the vocabulary.
+        [batch, token, word], float32, normalised over the whole vocabulary.
     """
-    flat = final_stream.flatten(0, 1)
+    max_logits = max_logits or (2**20 if final_stream.device.type == "cpu" else 2**27)
     chunk = max(1, max_logits // model._module.config.vocab_size)
-    parts = []
-    for rows in flat.split(chunk):
-        logits = model.lm_head(rows).float()
-        parts.append((logits[:, word_ids] - logits.logsumexp(-1, keepdim=True)).exp())
-    return torch.cat(parts).unflatten(0, final_stream.shape[:2])
+    stream = final_stream.flatten(0, 1)
+    # Written in place: small results kept between large temporaries would fragment the heap.
+    found = torch.empty(len(stream), len(word_ids), device=stream.device)
+    for start in range(0, len(stream), chunk):
+        rows = slice(start, start + chunk)
+        # The fused softmax of a chunk that fits the processor's cache costs a tenth of a log-sum-exp.
+        found[rows] = model.lm_head(stream[rows]).float().softmax(-1)[:, word_ids]
+    return found.unflatten(0, final_stream.shape[:2])
 
 
 def ablation_sweep(
@@ -291,8 +309,9 @@ def ablation_sweep(
     for i, heads in enumerate(unique):
         for layer_index, head in heads:
             masks[i, layer_index, head] = True
-    reader = _Reader(model, ids, word_ids, torch.from_numpy(labels), n_classes, layer, n_prefix, masks, fill)
+    plan = _Plan(masks)
     rows_per_batch = batch_size or auto_batch_size(model, ids.shape[1])
+    reader = _Reader(model, ids, word_ids, torch.from_numpy(labels), n_classes, layer, n_prefix, fill, plan)
     key = {
         "model": provenance(model),
         "ids": ids.numpy(),
@@ -300,50 +319,43 @@ def ablation_sweep(
         "word_ids": [int(word) for word in word_ids],
         "layer": layer,
         "fill": "zero" if fill is None else fill.numpy(),
+        "rows_per_batch": rows_per_batch,
     }
 
-    # Rows in order of the layer at which they start to differ from the baseline.
-    starts = [min((layer_index for layer_index, _ in heads), default=sizes.n_layers) for heads in unique]
     probabilities = np.empty((len(unique), *labels.shape, len(word_ids)), dtype=np.float32)
     sums = np.empty((len(unique), len(ids), n_classes, sizes.d_model), dtype=np.float32)
-    for start in sorted(set(starts), reverse=True):  # the baseline (start = n_layers) comes first
-        members = [i for i, first in enumerate(starts) if first == start]
-        rows = [(i, sequence) for i in members for sequence in range(len(ids))]
-        for batch in _batches(rows, rows_per_batch):
-            described = {
-                "rows": [(sorted(unique[i]), sequence) for i, sequence in batch],
-                "batch": rows_per_batch,
-            }
-
-            def compute(batch=batch, start=start):
-                return reader.run(batch, start)
-
-            measured = cache.get("ablation_sweep", key | described, compute) if cache else compute()
-            which = tuple(np.array(batch).T)
-            probabilities[which] = measured["probabilities"]
-            # Below its first ablated head a row's stream is the baseline's.
-            sums[which] = (
-                sums[0, which[1]] if start >= layer and start < sizes.n_layers else measured["class_sums"]
-            )
+    for sequences in _chunks(range(len(ids)), rows_per_batch):
+        batches = plan.batches(sequences, rows_per_batch)
+        reader.begin(batches)
+        for batch in batches:
+            rows = {"rows": [(sorted(unique[i]), sequence) for i, sequence in batch]}
+            run = partial(reader.run, batch)
+            measured = cache.get("ablation_sweep", key | rows, run) if cache else run()
+            condition, sequence = np.array(batch).T
+            probabilities[condition, sequence] = measured["probabilities"]
+            if plan.starts[condition[0]] <= layer:
+                sums[condition, sequence] = measured["class_sums"]
+            else:  # the row differs from its parent above the read layer only
+                sums[condition, sequence] = sums[np.array(plan.parents)[condition], sequence]
+            reader.release(batch)
 
     order = [unique.index(condition.heads) for condition in conditions]
     counts = (labels[..., None] == np.arange(n_classes)).sum(1)
-    return Sweep(
-        tuple(conditions),
-        probabilities[order],
-        sums[order],
-        counts,
-        (len(unique) * len(ids), len(conditions) * len(ids)),
-    )
+    work = sum(sizes.n_layers - start for start in plan.starts), sizes.n_layers * len(conditions)
+    return Sweep(tuple(conditions), probabilities[order], sums[order], counts, work[0] / work[1])
 
 
 def auto_batch_size(model: TransformersModel, length: int) -> int:
-    """Rows a forward whose activations fit the cache of a CPU, or half of the free memory of a GPU."""
+    """Rows a forward whose activations take half of a GPU's free memory, or on a CPU 8 MB.
+
+    More rows make no forward faster on a CPU once there are some hundred tokens in it: they only leave
+    its cache.
+    """
     config = model._module.config
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     parameter = next(model._module.parameters())
-    row_bytes = length * (12 * config.hidden_size + 4 * width) * parameter.element_size()
-    budget = 2**26
+    row_bytes = length * (8 * config.hidden_size + 4 * width) * parameter.element_size()
+    budget = 2**23
     if parameter.device.type == "cuda":
         budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
     return max(1, budget // row_bytes)
@@ -358,26 +370,75 @@ def check_length(model: TransformersModel, length: int) -> None:
         )
 
 
-class _Reader:
-    """Runs batches of (condition, sequence) rows; keeps the baseline's stream where rows start."""
+class _Plan:
+    """Which condition goes on from which.
 
-    def __init__(self, model, ids, word_ids, labels, n_classes, layer, n_prefix, masks, fill):
+    Attributes:
+        masks: bool [condition, layer, head]; condition 0 is the baseline.
+        parents: the condition whose stream each one starts from; the baseline's is itself.
+        starts: the first layer in which a condition differs from its parent; 0 runs whole.
+        wanted: layers at whose input the stream of each condition is needed by others.
+    """
+
+    def __init__(self, masks: torch.Tensor):
+        self.masks = masks
+        self.parents, self.starts, generations = [0], [0], [0]
+        for i in range(1, len(masks)):
+            differs = (masks[:i] != masks[i]).any(-1)  # [earlier, layer]
+            first = differs.float().argmax(-1)  # sets are distinct, so every row differs somewhere
+            parent = int(first.argmax())  # of equals the earliest: it runs below its children's start
+            self.parents.append(parent)
+            self.starts.append(int(first[parent]))
+            generations.append(generations[parent] + 1)
+        self.wanted: list[set[int]] = [set() for _ in masks]
+        for i in range(1, len(masks)):
+            if self.starts[i]:
+                self.wanted[self.parents[i]].add(self.starts[i])
+        self._order = sorted(range(len(masks)), key=lambda i: (generations[i], self.starts[i], i))
+        self._level = [(generations[i], self.starts[i]) for i in range(len(masks))]
+
+    def batches(self, sequences: Sequence[int], size: int) -> list[list[tuple[int, int]]]:
+        """(condition, sequence) rows in batches that start at one layer, parents before children."""
+        return [
+            batch
+            for _, members in groupby(self._order, key=lambda i: self._level[i])
+            for batch in _chunks([(i, sequence) for i in members for sequence in sequences], size)
+        ]
+
+
+class _Reader:
+    """Runs batches of (condition, sequence) rows, and keeps the streams that later rows start from."""
+
+    def __init__(self, model, ids, word_ids, labels, n_classes, layer, n_prefix, fill, plan: _Plan):
         self.model, self.ids, self.layer, self.n_prefix = model, ids, layer, n_prefix
         self.word_ids, self.labels, self.n_classes = torch.as_tensor(list(word_ids)), labels, n_classes
-        self.masks, self.fill = masks, fill
-        self.streams: dict[int, torch.Tensor] = {}  # start layer -> baseline stream [sequence, token, d]
+        self.fill, self.plan = fill, plan
         self.limit: int | None = None  # rows that are known to fit
 
-    def run(self, batch: list[tuple[int, int]], start: int) -> dict[str, np.ndarray]:
-        """Measure rows that all start at block `start`; halves the batch while memory runs out."""
+    def begin(self, batches: list[list[tuple[int, int]]]) -> None:
+        """Take up another group of sequences, which these batches hold."""
+        self.batch_of = {row: batch for batch in batches for row in batch}
+        self.streams: dict[tuple[int, int, int], torch.Tensor] = {}  # condition, sequence, layer: [token, d]
+        self.users = Counter(self._origin(row) for row in self.batch_of)
+
+    def release(self, batch: list[tuple[int, int]]) -> None:
+        """Let go of the streams that only these rows still had to start from."""
+        for row in batch:
+            origin = self._origin(row)
+            self.users[origin] -= 1
+            if not self.users[origin]:
+                self.streams.pop(origin, None)
+
+    def run(self, batch: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """Measure rows that all start at one block; halves the batch while memory runs out."""
         pending, done = [batch], []
         while pending:
             rows = pending.pop(0)
             if self.limit and len(rows) > self.limit:
-                pending[:0] = list(_batches(rows, self.limit))
+                pending[:0] = list(_chunks(rows, self.limit))
                 continue
             try:
-                done.append(self._forward(rows, start))
+                done.append(self._forward(rows))
             except Exception as error:
                 if not _out_of_memory(error) or len(rows) == 1:
                     raise
@@ -387,47 +448,57 @@ class _Reader:
                     torch.cuda.empty_cache()
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
-    def _forward(self, rows: list[tuple[int, int]], start: int) -> dict[str, np.ndarray]:
-        model, device = self.model, self.model.device
-        n_layers, n_prefix = len(self.masks[0]), self.n_prefix
-        condition, sequence = (torch.tensor(column) for column in zip(*rows, strict=True))
-        ids, labels, word_ids = self.ids[sequence].to(device), self.labels[sequence], self.word_ids.to(device)
-        masks = self.masks[condition].to(device)  # [batch, layer, head]
+    def _forward(self, rows: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+        model, device, n_prefix, plan = self.model, self.model.device, self.n_prefix, self.plan
+        condition, sequence = (list(column) for column in zip(*rows, strict=True))
+        ids, labels = self.ids[sequence].to(device), self.labels[sequence]
+        masks, word_ids = plan.masks[condition].to(device), self.word_ids.to(device)  # [batch, layer, head]
         ablated = masks.any(dim=0).any(dim=-1).tolist()  # [layer]
-        # The baseline runs whole; other rows take its stream up to where they start.
-        first = 0 if start == n_layers else start
-        entry = self._baseline_stream(first)[sequence].to(device) if first else None
         fills = None if self.fill is None else self.fill.to(device)
+        first, n_layers = plan.starts[condition[0]], masks.shape[1]
+        entry = None
+        if first:
+            entry = torch.stack([self._entry(row) for row in rows]).to(device)
+        kept = set().union(*(plan.wanted[i] for i in condition))
 
         with torch.no_grad(), model.trace(ids, use_cache=False) as tracer:
-            sums = None
+            streams, sums = {}, None
             for index, block in enumerate(model.layers):
                 if index < first:
                     block.skip(entry)
                     continue
+                if index in kept:
+                    streams[index] = block.input.cpu()
                 if index == self.layer:
-                    sums = class_sums(block.input[:, n_prefix:], labels, self.n_classes)
+                    sums = class_sums(block.input[:, n_prefix:], labels, self.n_classes).cpu()
                 if ablated[index]:
                     ablate_heads(block, masks[:, index], None if fills is None else fills[index])
             if self.layer == n_layers:
-                sums = class_sums(model.layers[-1].output[:, n_prefix:], labels, self.n_classes)
-            words = word_probabilities(model, model.norm.output[:, n_prefix:], word_ids).cpu().save()
-            sums = (words.new_zeros(len(rows), 0) if sums is None else sums).cpu().save()
+                sums = class_sums(model.layers[-1].output[:, n_prefix:], labels, self.n_classes).cpu()
+            words = word_probabilities(model, model.norm.output[:, n_prefix:], word_ids).cpu()
+            measured = {"streams": streams, "class_sums": sums, "probabilities": words}.save()
             tracer.stop()
-        return {"probabilities": words.numpy(), "class_sums": sums.numpy()}
 
-    def _baseline_stream(self, layer: int) -> torch.Tensor:
-        """Baseline residual stream at the input of a block [sequence, prefix + token, d_model]."""
-        if layer not in self.streams:
-            self.streams.clear()  # rows come by falling start, so the others are done with
-            parts = []
-            for ids in self.ids.split(self.limit or auto_batch_size(self.model, self.ids.shape[1])):
-                with torch.no_grad(), self.model.trace(ids.to(self.model.device), use_cache=False) as tracer:
-                    stream = self.model.layers[layer].input.cpu().save()
-                    tracer.stop()
-                parts.append(stream)
-            self.streams[layer] = torch.cat(parts)
-        return self.streams[layer]
+        for index, stream in measured["streams"].items():
+            for row, (i, j) in enumerate(rows):
+                if index in plan.wanted[i]:
+                    self.streams[i, j, index] = stream[row]
+        sums = measured["class_sums"]
+        return {
+            "probabilities": measured["probabilities"].numpy(),
+            "class_sums": np.empty((len(rows), 0)) if sums is None else sums.numpy(),
+        }
+
+    def _origin(self, row: tuple[int, int]) -> tuple[int, int, int]:
+        """Whose stream a row starts from, and where: (condition, sequence, layer)."""
+        return self.plan.parents[row[0]], row[1], self.plan.starts[row[0]]
+
+    def _entry(self, row: tuple[int, int]) -> torch.Tensor:
+        """The stream that a row starts from [prefix + token, d_model]; run again if its row was cached."""
+        origin = self._origin(row)
+        if origin not in self.streams:
+            self.run(self.batch_of[origin[:2]])
+        return self.streams[origin]
 
 
 def _check_heads(conditions: Sequence[Condition], n_layers: int, n_heads: int) -> None:
@@ -444,9 +515,9 @@ def _of_layer(heads: list[Head], layer: int) -> list[Head]:
     return [head for head in heads if head[0] == layer]
 
 
-def _batches(rows: list, size: int) -> Iterator[list]:
-    for i in range(0, len(rows), size):
-        yield rows[i : i + size]
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
 
 
 def _out_of_memory(error: Exception) -> bool:

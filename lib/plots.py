@@ -173,6 +173,20 @@ def label_end(ax: Axes, x: np.ndarray, y: np.ndarray, label: str, *, colour: str
     return ax
 
 
+def label_ends(ax: Axes, x: float, ends: Mapping[str, tuple[float, str]], *, gap: float = 0.07) -> Axes:
+    """Label several curves right of their last points without overlap: name -> (last y, colour).
+
+    Args:
+        gap: least distance of two labels, as a share of the axes' height; call it when the limits are set.
+    """
+    low, high = ax.get_ylim()
+    heights = spread(np.array([y for y, _ in ends.values()]), gap * (high - low))
+    for (name, (_, colour)), height in zip(ends.items(), heights, strict=True):
+        ax.annotate(name, (x, height), xytext=(6, 0), textcoords="offset points", va="center",
+                    fontsize=8, color=colour, annotation_clip=False, linespacing=0.9)
+    return ax
+
+
 def draw_matrix(
     ax: Axes, matrix: np.ndarray, *, limit: float | None = None, labels: Sequence[str] = ()
 ) -> AxesImage:
@@ -263,13 +277,10 @@ def draw_layers(ax: Axes, x: np.ndarray, values: np.ndarray, *, highlight: int) 
     every = max(1, len(values) // 8)
     for layer, (row, shade) in enumerate(zip(values, shades, strict=True)):
         chosen = layer == highlight
-        ax.plot(x, row, color=shade, linewidth=2.6 if chosen else 1.2, marker="o" if chosen else "", zorder=3 if chosen else 2)
+        ax.plot(x, row, color=shade, linewidth=2.6 if chosen else 1.2, zorder=3 if chosen else 2)
     named = [layer for layer in range(len(values)) if layer % every == 0 or layer == highlight]
-    heights = spread(np.array([values[layer][-1] for layer in named]), 0.06 * np.ptp(ax.get_ylim()))
-    for layer, height in zip(named, heights, strict=True):
-        ax.annotate(f"{layer}" + (" (read)" if layer == highlight else ""), (x[-1], height), xytext=(6, 0),
-                    textcoords="offset points", va="center", fontsize=8, color=shades[layer], annotation_clip=False)
-    return ax
+    ends = {f"{n}" + (" (read)" if n == highlight else ""): (values[n][-1], shades[n]) for n in named}
+    return label_ends(ax, x[-1], ends)
 
 
 def spread(heights: np.ndarray, gap: float) -> np.ndarray:

@@ -134,8 +134,8 @@ def test_sweep_equals_one_forward_at_a_time(model, mode):
         for node in range(N_CLASSES):
             naive = stream[labels == node].mean(0)
             np.testing.assert_allclose(sweep.class_means()[c, node], naive, rtol=1e-4, atol=1e-5)
-    # Duplicates of a condition are not run again.
-    assert sweep.n_forwards == (4 * len(ids), 5 * len(ids))
+    # "one late" starts at layer 2 from the baseline, "two layers" at 1, "first layer" at 0, the duplicate nowhere.
+    assert sweep.work == pytest.approx((3 + 1 + 2 + 3) / (5 * 3))
     np.testing.assert_array_equal(sweep.word_probabilities[1], sweep.word_probabilities[3])
 
 

@@ -1,0 +1,40 @@
+"""Train embedded models: `python -m lib.organisms induction [--seed N] [--threads N]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from lib import ROOT
+from lib.organisms import induction
+
+ORGANISMS = {"induction": induction}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.organisms",
+        description="Train an embedded model and ship it to data/organisms. An interrupted run continues.",
+    )
+    parser.add_argument("name", choices=sorted(ORGANISMS))
+    parser.add_argument("--seed", type=int, help="train this seed only, and ship nothing")
+    parser.add_argument("--publish", action="store_true", help="ship what is trained, without training")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; the weights depend on it")
+    parser.add_argument("--scratch", type=Path, default=ROOT / ".cache" / "organisms", help="states and logs")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    organism = ORGANISMS[arguments.name]
+    if arguments.seed is not None:
+        organism.train_seed(arguments.seed, arguments.scratch)
+        return
+    if not arguments.publish:
+        for seed in organism.SEEDS:
+            organism.train_seed(seed, arguments.scratch)
+    print(organism.publish(arguments.scratch))
+
+
+if __name__ == "__main__":
+    main()
