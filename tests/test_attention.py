@@ -5,10 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, save_tiny, tokenizer
+from tiny import FAMILIES, VOCABULARY, save_tiny, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib.attention import attention_spectrum, head_scores, repeated_random_tokens, top_heads
+from lib.attention import (
+    attention_spectrum,
+    head_scores,
+    repeated_random_tokens,
+    second_copy_loss,
+    top_heads,
+)
 from lib.models import load, wrap
 
 PERIOD = 6
@@ -68,7 +74,7 @@ def test_attention_rows_of_the_spectrum_sum_to_one(tmp_path):
 
 
 def planted_induction_circuit(n_tokens: int = 48, n_positions: int = 32) -> GPT2LMHeadModel:
-    """Head 0.1 attends to the previous token and copies its identity; head 1.0 matches it against the current token.
+    """Head 0.1 attends to the previous token and copies it; head 1.0 matches the copy with the current token.
 
     The stream holds three one-hot blocks: token, position, previous token. All other heads are zero.
     """
@@ -109,6 +115,39 @@ def test_planted_circuit_is_found():
     assert scores.duplicate_token.max() < 0.2
     # The whole spectrum shows nothing else: the planted offsets are the peaks.
     assert scores.spectrum[0, 1].argmax() == 1 and scores.spectrum[1, 0].argmax() == 11
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_copy_loss_equals_a_loop_over_positions(family, bos, tmp_path):
+    model = load(str(save_tiny(family, tmp_path / family)))
+    ids = repeated_random_tokens(range(2, 30), 5, PERIOD, seed=3)
+    losses = []
+    for row in ids:
+        text = row.tolist() if bos is None else [bos, *row.tolist()]
+        with torch.no_grad():
+            logits = model._module(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+        second_copy = range(len(text) - PERIOD, len(text))
+        for position in second_copy[1:]:  # its first token can not be foreseen
+            losses.append(-logits[position - 1].log_softmax(-1)[text[position]].item())
+    loss = second_copy_loss(model, range(2, 30), n_sequences=5, period=PERIOD, seed=3, bos=bos)
+    assert len(losses) == 5 * (PERIOD - 1) and loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_second_copy_loss_of_a_uniform_guess_and_of_a_copier(tmp_path):
+    model = load(str(save_tiny("llama", tmp_path / "llama")))
+    model._module.lm_head.weight.zero_()
+    assert second_copy_loss(model, range(2, 30)) == pytest.approx(np.log(VOCABULARY), rel=1e-6)
+    # The induction head of the planted circuit, with an output that writes what it attends to.
+    copier = planted_induction_circuit()
+    attention, d = copier.transformer.h[1].attn, copier.config.n_embd
+    with torch.no_grad():
+        for token in range(48):
+            attention.c_attn.weight[token, 2 * d + token] = 1
+            attention.c_proj.weight[token, token] = 100
+        copier.transformer.ln_f.weight.fill_(1)
+    distinct = second_copy_loss(wrap(copier, tokenizer()), range(48), period=12, n_sequences=16)
+    assert distinct < 0.5 * np.log(48)
 
 
 def test_top_heads_are_ordered_and_ties_are_stable():

@@ -13,7 +13,9 @@ from lib.geometry import (
     class_means,
     dirichlet_energy,
     effective_rank,
+    half_way,
     harmonics,
+    in_betweenness,
     map_gram,
     mixing_gram,
     mixing_matrix,
@@ -199,6 +201,40 @@ def test_ranks_of_flat_and_planted_spectra():
     assert participation_ratio([3, 0, 0]) == pytest.approx(1) == effective_rank([3, 0, 0])
     assert participation_ratio([2, 1]) == pytest.approx(25 / 17)
     assert effective_rank([2, 1]) == pytest.approx(3 / 4 ** (1 / 3))
+
+
+# Single activations, and curves against context
+
+
+def test_in_betweenness_is_the_place_along_the_line_between_two_means():
+    means = with_absent(cloud(5, 6), 4)
+    own, target = np.array([[0, 1, 2], [3, 0, 4]]), np.array([[1, 2, 3], [2, 4, 0]])
+    share = np.array([[0.0, 1.0, 0.3], [-0.5, 0.2, 0.2]])[..., None]
+    points = means[own] + share * (means[target] - means[own])
+    expected = [[0, 1, 0.3], [-0.5, np.nan, np.nan]]  # the mean of node 4 is absent
+    assert np.allclose(in_betweenness(points, own, target, means), expected, equal_nan=True)
+
+    line = means[1] - means[0]
+    beside = np.random.default_rng(2).normal(size=6)
+    beside -= (beside @ line) / (line @ line) * line  # what is not on the line does not count
+    point = means[0] + 0.4 * line + 7 * beside
+    assert in_betweenness(point, np.array(0), np.array(1), means) == pytest.approx(0.4)
+    assert in_betweenness(point, np.array(1), np.array(0), means) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("y, expected", [
+    ([0, 1, 2, 3, 4], 2.0),  # half of the maximum is met at a point
+    ([1, 1, 4, 3, 1], 1.5),  # a half of the way to 4, which lies between two points; the fall does not count
+    ([-6, -2, -2, -2, -2], 0.5),
+    ([0, 6, 0, 10, 0], 5 / 6),  # the first time, not the last
+    ([3, 1, 0, 3, 2], np.nan),  # never above its first value
+    ([2, 2, 2, 2, 2], np.nan),
+])  # fmt: skip
+def test_half_way_of_known_curves(y, expected):
+    assert half_way(np.arange(5), np.array(y)) == pytest.approx(expected, nan_ok=True)
+    assert half_way(100 + 20 * np.arange(5), np.array(y)) == pytest.approx(100 + 20 * expected, nan_ok=True)
+    # The scale and zero of the curve do not matter, so that an energy can be passed as -energy.
+    assert half_way(np.arange(5), 3.0 * np.array(y) - 40) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("call, message", [

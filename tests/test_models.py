@@ -10,10 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, FAMILIES, save_tiny
+from tiny import CONFIGS, FAMILIES, VOCABULARY, WORDS, save_tiny, tokenizer
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE, Unigram
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lib import models
-from lib.models import ModelError, load, ov_matrix, provenance, shape
+from lib.models import (
+    ModelError,
+    bos_id,
+    load,
+    ov_matrix,
+    plain_token_ids,
+    provenance,
+    shape,
+    word_ids,
+    wrap,
+)
 
 
 @pytest.fixture
@@ -66,7 +79,7 @@ def test_every_family_has_the_same_sites(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ov_matrix_is_what_the_head_writes(family, tmp_path):
-    """The first token attends to itself alone, so a head's output there is W_OV of its input, up to biases."""
+    """The first token attends to itself alone: a head's output there is W_OV of its input, up to biases."""
     model = load(str(save_tiny(family, tmp_path / family)))
     module, head, layer = model._module, 3, 1
     for name, parameter in module.named_parameters():
@@ -196,3 +209,73 @@ def test_manifest_lists_every_file(organism):
 
 def test_configs_cover_the_families_of_the_readme():
     assert set(CONFIGS) == {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2"}
+
+
+def wrapped(tokenizer: PreTrainedTokenizerFast, n_vocabulary: int = VOCABULARY):
+    """A model that is as small as can be, for what its tokenizer decides."""
+    config = GPT2Config(
+        vocab_size=n_vocabulary, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0
+    )
+    return wrap(GPT2LMHeadModel(config), tokenizer)
+
+
+def bpe_tokenizer(**options) -> PreTrainedTokenizerFast:
+    """Byte-level as GPT-2's and Llama 3's: a word with the space before it is a token of its own."""
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<end>"], initial_alphabet=alphabet, min_frequency=2, show_progress=False
+    )
+    inner.train_from_iterator(["apple apple apple bird bird", "bird bird bird apple"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **options)
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's and Gemma's: the tokenizer puts a space before the text by itself."""
+    pieces = [("<unk>", 0.0), ("\u2581", -4.0), ("\u2581apple", -3.0), ("\u2581bird", -3.0), ("bird", -3.0)]
+    inner = Tokenizer(Unigram(pieces, unk_id=0))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+def test_words_are_the_tokens_that_a_text_of_them_has(folder):
+    words = ["bird", "apple"]
+    for each in (bpe_tokenizer(), sentencepiece_tokenizer(), tokenizer()):
+        text = each("apple bird apple bird", add_special_tokens=False).input_ids
+        assert word_ids(wrapped(each), words) == [text[-1], text[-2]] == [text[1], text[2]]
+    # The token at the start of a text, without the space, is another one.
+    bpe = bpe_tokenizer()
+    assert bpe.tokenize("apple") != bpe.tokenize(" apple") == ["\u0120apple"]
+    assert word_ids(load(str(folder)), WORDS) == list(range(2, 2 + len(WORDS)))
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "message"),
+    [
+        (tokenizer, ["apple", "zebra", "ice cream"], r"'zebra' \(unknown\), 'ice cream' \(2 tokens\)"),
+        (bpe_tokenizer, ["apple", "plum"], r"tokenizer: 'plum' \(\d tokens\); choose other words"),
+        (sentencepiece_tokenizer, ["apple", "birdbird"], r"tokenizer: 'birdbird' \(3 tokens\); choose other"),
+        (tokenizer, ["apple", "bird", " apple"], "two of the words are the same token"),
+    ],
+)
+def test_word_that_is_not_one_token_is_named(make, words, message):
+    with pytest.raises(ModelError, match=message):
+        word_ids(wrapped(make()), words)
+
+
+def test_text_opens_with_bos_or_else_with_the_end_of_text(folder):
+    assert bos_id(load(str(folder))) == 0
+    assert bos_id(wrapped(bpe_tokenizer(bos_token="<bos>", eos_token="<end>"))) == len(bpe_tokenizer())
+    assert bos_id(wrapped(bpe_tokenizer(eos_token="<end>"))) == 0
+    with pytest.raises(ModelError, match="no BOS and no end-of-text token"):
+        bos_id(wrapped(bpe_tokenizer()))
+
+
+def test_plain_tokens_are_all_that_model_and_tokenizer_both_have_but_the_special_ones(folder):
+    assert plain_token_ids(load(str(folder))) == list(range(2, VOCABULARY))
+    padded, cut = wrapped(tokenizer(), VOCABULARY + 24), wrapped(tokenizer(), VOCABULARY - 5)
+    assert plain_token_ids(padded) == list(range(2, VOCABULARY))
+    assert plain_token_ids(cut) == list(range(2, VOCABULARY - 5))

@@ -125,3 +125,114 @@ def test_a_drawing_that_does_not_fit_its_graph_is_an_error(ax, arguments, messag
 def test_graph_without_words_is_drawn_bare(ax):
     plots.draw_graph(ax, ring_graph(5).positions, ring_graph(5))
     assert not any(texts(ax)) and len(ax.collections[0].get_segments()) == 5
+
+
+def test_series_is_drawn_as_points_on_a_line_with_its_name_at_the_end(ax):
+    x, y = np.array([0, 200, 300]), np.array([0.1, 0.7, 0.4])
+    assert plots.draw_series(ax, x, y, "prev.", plots.ORANGE) is ax
+    [line], [name] = ax.lines, ax.texts
+    assert np.array_equal(line.get_xydata(), np.column_stack([x, y]))
+    assert (line.get_marker(), line.get_linestyle(), line.get_color()) == ("o", "-", plots.ORANGE)
+    assert (name.get_text(), name.xy, name.get_color()) == ("prev.", (300, 0.4), plots.ORANGE)
+
+
+@pytest.mark.parametrize("heights", [
+    [0.5], [0.2, 0.9], [0.5, 0.5, 0.5], [0.9, 0.1, 0.11, 0.12, 0.89], [1, 0, 1, 0], [-3, -3.01, 8, -2.99],
+], ids=str)  # fmt: skip
+def test_heights_are_moved_apart_in_their_order_and_about_their_mean(heights):
+    heights, gap = np.array(heights), 0.2
+    moved = plots.spread(heights, gap)
+    order = np.argsort(heights, kind="stable")
+    assert (np.diff(moved[order]) > gap - 1e-9).all(), "in order, and nowhere nearer than the gap"
+    assert moved.mean() == pytest.approx(heights.mean())
+    if (np.diff(heights[order]) > gap).all():
+        assert np.allclose(moved, heights), "what is apart stays where it is"
+
+
+def test_labels_of_curves_that_end_together_do_not_overlap(ax):
+    ax.set(xlim=(0, 10), ylim=(0, 1))
+    ends = {
+        "intact": (0.9, plots.BLACK), "random": (0.89, plots.GREY), "induction": (0.4, plots.BLUE),
+        "matched": (0.9, plots.SKY), "previous token": (0.41, plots.VERMILLION),
+    }  # fmt: skip
+    assert plots.label_ends(ax, 10, ends) is ax
+    labels = {text.get_text(): text for text in ax.texts}
+    assert {name: text.get_color() for name, text in labels.items()} == {n: c for n, (_, c) in ends.items()}
+    assert {text.xy[0] for text in labels.values()} == {10}
+    by_height = sorted(labels, key=lambda name: labels[name].xy[1])
+    assert by_height == ["induction", "previous token", "random", "intact", "matched"]
+    ax.figure.canvas.draw()
+    boxes = [labels[name].get_window_extent() for name in by_height]
+    assert all(lower.y1 <= upper.y0 for lower, upper in zip(boxes, boxes[1:], strict=False))
+
+
+def test_head_scores_are_a_map_with_the_highest_heads_in_numbers(ax):
+    scores = np.array([[0.1, 0.95, 0.0], [0.4, 0.2, 1.0]])
+    image = plots.draw_head_scores(ax, scores, top=3)
+    assert np.array_equal(image.get_array(), scores) and image.get_clim() == (0, 1)
+    assert ax.get_xlabel() == "head" and ax.get_ylabel() == "layer"
+    # The place of a number is (head, layer); what is bright carries dark text.
+    numbers = {text.get_position(): (text.get_text(), text.get_color()) for text in ax.texts}
+    assert numbers == {(2, 1): ("1.00", "black"), (1, 0): (".95", "black"), (0, 1): (".40", "white")}
+    assert plots.draw_head_scores(ax, scores, high=2.0).get_clim() == (0, 2)
+
+
+def test_head_scores_of_a_large_model_have_few_ticks(ax):
+    plots.draw_head_scores(ax, np.zeros((32, 32)), top=0)
+    assert ax.get_yticks().tolist() == ax.get_xticks().tolist() == list(range(0, 32, 4)) and not ax.texts
+
+
+def test_spectrum_has_a_labelled_row_a_head(ax):
+    spectrum = np.random.default_rng(0).random((2, 6))
+    image = plots.draw_spectrum(ax, spectrum, ["3.1", "0.7"], high=0.8)
+    assert np.array_equal(image.get_array(), spectrum) and image.get_clim() == (0, 0.8)
+    assert ax.get_yticks().tolist() == [0, 1] and ax.get_xlabel() == "tokens back"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["3.1", "0.7"]
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    assert (left, right) == (-0.5, 5.5) and bottom > top, "offset k at x = k, the first head on top"
+
+
+def test_mean_of_a_pair_is_joined_to_its_later_node(ax):
+    means = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    pairs = np.full((9, 2), np.nan)
+    pairs[0 * 3 + 1], pairs[2 * 3 + 1] = [0.2, 0.1], [0.9, 0.8]  # 0 after 1, and 2 after 1
+    assert plots.draw_directed_means(ax, means, pairs, colour=plots.GREEN) is ax
+    lines, dots = ax.collections
+    drawn = [segment.tolist() for segment in lines.get_segments()]
+    assert drawn == [[[0, 0], [0.2, 0.1]], [[1, 1], [0.9, 0.8]]]
+    assert dots.get_offsets().tolist() == [[0.2, 0.1], [0.9, 0.8]]
+
+
+def test_distributions_stand_one_above_the_other_with_mean_and_name(ax):
+    values = {
+        "previous word": np.array([0.2, 0.21, 0.9]),
+        "another": np.zeros(5),
+        "none": np.array([-7.0, 1.95, 40.0]),  # beyond the ends
+    }
+    assert plots.draw_distributions(ax, values) is ax
+    assert texts(ax) == list(values) and ax.get_xlim() == (-1, 2)
+    assert [text.get_position()[0] for text in ax.texts] == [-1, -1, -1]
+    for row, (sample, mean, shape) in enumerate(zip(values.values(), ax.lines, ax.collections, strict=True)):
+        assert mean.get_xdata().tolist() == [np.mean(sample)] * 2
+        (x0, y0), (x1, y1) = shape.get_datalim(ax.transData).get_points()
+        assert y0 == -row and y1 == pytest.approx(-row + 0.8), "each fills a row of its own"
+        vertices = shape.get_paths()[0].vertices
+        outline = vertices[vertices[:, 1] > -row + 1e-6, 0]  # where there is something
+        assert (outline > np.clip(sample.min(), -1, 2) - 0.06).all()
+        assert (outline < np.clip(sample.max(), -1, 2) + 0.06).all()
+
+
+def test_layers_are_one_line_each_and_the_read_one_stands_out(ax):
+    x, values = np.array([10.0, 20.0, 30.0]), np.arange(12.0).reshape(4, 3)
+    assert plots.draw_layers(ax, x, values, highlight=2) is ax
+    assert [line.get_ydata().tolist() for line in ax.lines] == values.tolist()
+    widths = [line.get_linewidth() for line in ax.lines]
+    assert widths.index(max(widths)) == 2 and len({tuple(line.get_color()) for line in ax.lines}) == 4
+    assert texts(ax) == ["0", "1", "2 (read)", "3"]
+    for text, line in zip(ax.texts, ax.lines, strict=True):
+        assert tuple(text.get_color()) == tuple(line.get_color()) and text.xy[0] == 30
+
+
+def test_of_many_layers_every_few_are_labelled_and_the_read_one_always(ax):
+    plots.draw_layers(ax, np.arange(2), np.arange(66.0).reshape(33, 2), highlight=26)
+    assert texts(ax) == ["0", "4", "8", "12", "16", "20", "24", "26 (read)", "28", "32"]
