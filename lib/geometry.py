@@ -119,6 +119,11 @@ def dirichlet_energy(points: np.ndarray, graph: Graph) -> float:
     return float(((points[i] - points[j]) ** 2).sum() / variance)
 
 
+def plane_energy(points: np.ndarray, graph: Graph) -> float:
+    """Dirichlet energy of the projection of points [node, d] on their first two principal components."""
+    return dirichlet_energy(pca(points).projection, graph)
+
+
 def procrustes_distance(points2d: np.ndarray, graph: Graph) -> float:
     """Disparity between points [node, 2] and the drawn graph: 0 (same up to similarity) to 1.
 
@@ -156,15 +161,17 @@ def in_betweenness(
     Args:
         activations: [..., d].
         nodes: int [...], the word of each activation.
-        targets: int [...], the other word, such as the previous one.
+        targets: int [...], the other word, such as the previous one; -1 for none.
         means: [node, d] class means, best of other sequences than the activations.
 
     Returns:
-        [...]: (x - m_own) . (m_target - m_own) / |m_target - m_own|^2; NaN where a mean is absent.
+        [...]: (x - m_own) . (m_target - m_own) / |m_target - m_own|^2; NaN where there is no target or
+        a mean is absent.
     """
     own = means[nodes]
     line = means[targets] - own
-    return ((activations - own) * line).sum(-1) / (line**2).sum(-1)
+    position = ((activations - own) * line).sum(-1) / (line**2).sum(-1)
+    return np.where(np.asarray(targets) >= 0, position, np.nan)
 
 
 def half_way(x: np.ndarray, y: np.ndarray) -> float:

@@ -70,6 +70,10 @@ class Sweep:
     class_counts: np.ndarray
     work: float
 
+    def find(self, name: str, k: int | None = None) -> list[int]:
+        """Indices of the conditions of a name, with k heads or with any number."""
+        return [i for i, c in enumerate(self.conditions) if c.name == name and k in (None, c.k)]
+
     def select(self, conditions: Sequence[int]) -> Sweep:
         """The sweep of these conditions alone, by index."""
         rows = list(conditions)

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from nnsight import TransformersModel
 from safetensors import SafetensorError
@@ -241,6 +242,11 @@ def bos_id(model: TransformersModel) -> int:
         if token is not None:
             return token
     raise ModelError("this tokenizer has no BOS and no end-of-text token to open a text with")
+
+
+def with_bos(model: TransformersModel, tokens: np.ndarray) -> torch.Tensor:
+    """Token ids [sequence, 1 + token] of tokens [sequence, token] behind `bos_id`."""
+    return torch.from_numpy(np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos_id(model)))
 
 
 def plain_token_ids(model: TransformersModel) -> list[int]:

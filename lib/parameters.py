@@ -25,7 +25,7 @@ GRID_WORDS = tuple(
     "apple bird car egg house milk plane opera box sand sun mango rock math code phone".split()
 )
 
-Schema = TypeVar("Schema", bound="StudyParameters")
+Schema = TypeVar("Schema", bound="NotebookParameters")
 
 
 class ParameterError(ValueError):
@@ -69,9 +69,9 @@ def check(schema: type[Schema], namespace: Mapping[str, Any]) -> Schema:
     return parameters
 
 
-def schemas() -> dict[str, type[StudyParameters]]:
+def schemas() -> dict[str, type[NotebookParameters]]:
     """Every study's schema by the name of the study."""
-    found, classes = {}, [StudyParameters]
+    found, classes = {}, [NotebookParameters]
     while classes:
         cls = classes.pop()
         classes += cls.__subclasses__()
@@ -110,19 +110,14 @@ Wholes = Annotated[list[Annotated[Whole, Field(ge=1)]], BeforeValidator(_list), 
 Words = Annotated[list[str], BeforeValidator(_list)]
 
 
-class StudyParameters(BaseModel):
-    """What every study takes."""
+class NotebookParameters(BaseModel):
+    """What every notebook takes."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=()  # model_id is a name
     )
     study: ClassVar[str]
 
-    model_id: str = Field("organism/induction", min_length=1)
-    device: str = Field("cpu", min_length=1)
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
-    remote: bool = False
-    seed: Whole = Field(0, ge=0, lt=2**32)
     out_dir: str = ""
     use_cache: bool = True
 
@@ -131,10 +126,24 @@ class StudyParameters(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _consistent(self) -> StudyParameters:
+    def _consistent(self) -> NotebookParameters:
         if problems := list(self.problems()):
             raise ValueError("\n".join(problems))
         return self
+
+
+class StudyParameters(NotebookParameters):
+    """What every study takes besides."""
+
+    model_id: str = Field("organism/induction", min_length=1)
+    device: str = Field("cpu", min_length=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    remote: bool = False
+    seed: Whole = Field(0, ge=0, lt=2**32)
+
+    def problems(self) -> Iterator[str]:
+        if self.remote:  # refused rather than ignored
+            yield "remote: the traces of this study do not run on NDIF so far; leave it false"
 
 
 class _GraphParameters(StudyParameters):
@@ -150,6 +159,7 @@ class _GraphParameters(StudyParameters):
         raise NotImplementedError
 
     def problems(self) -> Iterator[str]:
+        yield from super().problems()
         if self.edges and self.graph != "edges":
             yield f"edges: given, but graph is {self.graph!r}; set graph to 'edges', or edges to []"
             return
@@ -159,7 +169,7 @@ class _GraphParameters(StudyParameters):
             yield f"{'edges' if self.graph == 'edges' else 'graph'}: {error}"
 
 
-class StartHere(StudyParameters):
+class StartHere(NotebookParameters):
     """Notebook 00: what the repository is and the claims of the last run."""
 
     study: ClassVar[str] = "00_start_here"
@@ -173,7 +183,7 @@ class InductionAblation(_GraphParameters):
     words: Words = list(GRID_WORDS)
     seq_len: Whole = Field(400, ge=2)
     n_walks: Whole = Field(16, ge=2)
-    k_values: Wholes = [1, 2, 4, 8, 16]
+    k_values: Wholes = [1, 2, 4, 8]
     n_random_sets: Whole = Field(4, ge=1)
     layer: Whole = Field(-1, ge=-1)
     window: Whole = Field(200, ge=1)
@@ -259,7 +269,7 @@ def _no_such_parameter(name: str, names: Mapping[str, Any]) -> str:
     return f"no such parameter; {hint}"
 
 
-def _describe(detail: Mapping[str, Any], schema: type[StudyParameters]) -> list[str]:
+def _describe(detail: Mapping[str, Any], schema: type[NotebookParameters]) -> list[str]:
     """One of pydantic's complaints, in the words of a person who typed a parameter."""
     if not detail["loc"]:  # from `problems`, which names its parameters itself
         return str(detail["ctx"]["error"]).splitlines()

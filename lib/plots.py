@@ -145,6 +145,20 @@ def draw_ranges(
     return ax
 
 
+def draw_bands(
+    ax: Axes, x: np.ndarray, bands: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    colours: Sequence[str], *, marker: str = "",
+) -> Axes:
+    """Several lines with bands: label -> (middle, low, high), labelled at their right ends without overlap.
+
+    Set the limits of the y axis first: the labels are spread over it.
+    """
+    for (middle, low, high), colour in zip(bands.values(), colours, strict=True):
+        draw_band(ax, x, middle, low, high, colour=colour, marker=marker)
+    ends = {name: (band[0][-1], colour) for (name, band), colour in zip(bands.items(), colours, strict=True)}
+    return label_ends(ax, x[-1], ends)
+
+
 def draw_series(ax: Axes, x: np.ndarray, y: np.ndarray, label: str, colour: str = BLUE) -> Axes:
     """Points joined by a line, labelled at the right end, for values without an interval."""
     ax.plot(x, y, "o-", color=colour)

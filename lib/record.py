@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib import ROOT
 from lib.claims import Claim, ClaimsTable
-from lib.parameters import StudyParameters, check
+from lib.parameters import NotebookParameters, check
 
 # Modules of lib that no result depends on. A change in any other one makes cached results void.
 _NOT_COMPUTING = {"__init__", "claims", "parameters", "plots", "record", "run", "widgets"}
@@ -103,7 +103,7 @@ class Study:
         ParameterError: see `lib.parameters.check`; the folder is left as it was.
     """
 
-    def __init__(self, schema: type[StudyParameters], namespace: Mapping[str, Any]):
+    def __init__(self, schema: type[NotebookParameters], namespace: Mapping[str, Any]):
         self.parameters = check(schema, namespace)
         self.name = schema.study
         out_dir = Path(self.parameters.out_dir).expanduser()

@@ -24,6 +24,14 @@ class Estimate(NamedTuple):
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
+class Band(NamedTuple):
+    """A curve [point] with a pointwise bootstrap percentile band."""
+
+    middle: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
 def resamples(n: int, n_resamples: int = 2000, seed: int = 0) -> Iterator[np.ndarray]:
     """Bootstrap resamples of n units: index arrays [n], the same for the same seed.
 
@@ -70,18 +78,18 @@ def bootstrap_mean(
     if not np.isfinite(values).all():
         bad = (~np.isfinite(values)).sum()
         raise ValueError(f"{bad} of {values.size} values are not finite; leave them out first")
-    low, high = bootstrap_band(values[:, None], n_resamples=n_resamples, level=level, seed=seed)
-    return Estimate(float(values.mean()), float(low[0]), float(high[0]))
+    band = bootstrap_band(values[:, None], n_resamples=n_resamples, level=level, seed=seed)
+    return Estimate(*(float(curve[0]) for curve in band))
 
 
 def bootstrap_band(
     values: np.ndarray, *, n_resamples: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pointwise band of the mean over units of curves [unit, point]: (low [point], high [point])."""
+) -> Band:
+    """Mean over units of curves [unit, point], with its pointwise percentile band."""
     values = np.asarray(values, dtype=float)
     n = len(values)
     # A resample's mean is a weighted mean, so all of them are one matrix product.
     weights = np.stack([np.bincount(rows, minlength=n) for rows in resamples(n, n_resamples, seed)]) / n
     tail = (1 - level) / 2
     low, high = np.quantile(weights @ values, [tail, 1 - tail], axis=0)
-    return low, high
+    return Band(values.mean(axis=0), low, high)

@@ -178,6 +178,24 @@ def random_walks(graph: Graph, n_walks: int, length: int, seed: int) -> np.ndarr
     return walks
 
 
+def other_nodes(now: np.ndarray, before: np.ndarray, graph: Graph, *, neighbours: bool, seed: int) -> np.ndarray:
+    """A random node for each position of a walk, neither the current one nor the one before.
+
+    Args:
+        now, before: int [...], current and previous node.
+        neighbours: draw among the other neighbours of the current node, or among its non-neighbours.
+        seed: of the draw.
+
+    Returns:
+        int [...]; -1 where there is no such node.
+    """
+    allowed = graph.adjacency[now] == neighbours
+    own = np.eye(graph.n_nodes, dtype=bool)
+    allowed &= ~(own[now] | own[before])
+    draws = np.where(allowed, np.random.default_rng(seed).random(allowed.shape), -1)
+    return np.where(allowed.any(-1), draws.argmax(-1), -1)
+
+
 def rule_following_accuracy(word_probabilities: np.ndarray, walks: np.ndarray, graph: Graph) -> np.ndarray:
     """Probability that the model puts on the words which may come next.
 

@@ -34,7 +34,7 @@ def test_defaults_are_valid():
         ("seq_len", "300", 300),  # papermill -r
         ("seq_len", 3e2, 300),  # papermill -p seq_len 3e2
         ("seq_len", "3e2", 300),  # papermill -y "seq_len: 3e2"
-        ("remote", "true", True),
+        ("remote", "false", False),
         ("use_cache", "False", False),
         ("model_id", 1234, "1234"),
     ],
@@ -65,6 +65,7 @@ def test_float_reads_what_yaml_leaves_a_string():
         ({"k_values": "[1, 2.5]"}, "k_values[1]: got 2.5; a whole number is needed"),
         ({"k_values": [1, "two"]}, "k_values[1]: got 'two'; a whole number is needed"),
         ({"remote": "perhaps"}, "remote: got 'perhaps'; true or false is needed"),
+        ({"remote": "true"}, "remote: the traces of this study do not run on NDIF so far; leave it false"),
         ({"ablation": "median"}, "ablation: got 'median'; allowed: 'zero' or 'mean'"),
         ({"window": 400}, "window: 400 tokens do not fit before the end of seq_len = 400"),
         ({"words": ["apple"] * 16}, "words: each may stand once; repeated: apple"),
@@ -116,7 +117,7 @@ def test_misspelt_name_in_the_parameters_cell():
 
 def test_name_like_no_other_lists_them_all():
     [line] = problems(InductionAblation, PARAMETERS_CELL, "# Parameters\nzzz = 1\n")
-    assert line.startswith("zzz: no such parameter; there are model_id, device")
+    assert line.startswith("zzz: no such parameter; there are out_dir, use_cache, model_id, device")
 
 
 def test_all_problems_come_at_once():

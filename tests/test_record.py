@@ -258,7 +258,7 @@ def test_record_tells_what_was_run(study, figure, figures):
     path = finish(study, figure)
     assert path == figures / "01_induction_ablation" / "record.json"
     record = validate_record(path)
-    assert record.parameters["seq_len"] == 300 and record.parameters["k_values"] == [1, 2, 4, 8, 16]
+    assert record.parameters["seq_len"] == 300 and record.parameters["k_values"] == [1, 2, 4, 8]
     assert record.claims[0].verdict == "holds" and record.claims[0].interval == (0.1, 0.3)
     assert record.metrics["accuracy"].n == "16 walks" and record.metrics["energy"].value is None
     assert record.models == [{"model_id": "organism/induction", "sha256": "0" * 64}]

@@ -29,9 +29,9 @@ def test_coverage_is_near_the_level():
 
 def test_all_three_forms_agree():
     curves = np.random.default_rng(1).normal(size=(16, 5))
-    low, high = bootstrap_band(curves, n_resamples=500, seed=4)
+    middle, low, high = bootstrap_band(curves, n_resamples=500, seed=4)
     value, low_2, high_2 = bootstrap(lambda rows: curves[rows].mean(0), 16, n_resamples=500, seed=4)
-    np.testing.assert_allclose(value, curves.mean(0))
+    np.testing.assert_allclose([value, middle], [curves.mean(0)] * 2)
     np.testing.assert_allclose([low, high], [low_2, high_2])
     one = bootstrap_mean(curves[:, 2], n_resamples=500, seed=4)
     assert one.interval == pytest.approx((low[2], high[2]))

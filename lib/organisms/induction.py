@@ -191,11 +191,11 @@ def publish(scratch: Path, seeds: tuple[int, ...] = SEEDS) -> str:
     measured = {seed: _measure_as_shipped(scratch / f"induction-{seed}") for seed in seeds}
     passing = [seed for seed in seeds if all(measured[seed][gate] >= GATES[gate] for gate in GATES)]
     shipped = passing[0] if passing else seeds[0]
+    for name in ("induction", *(f"induction-seed{seed}" for seed in seeds)):
+        shutil.rmtree(ORGANISMS / name, ignore_errors=True)  # earlier ones, which may be of other seeds
     for seed in seeds:
         name = "induction" if seed == shipped else f"induction-seed{seed}"
         source, target = scratch / f"induction-{seed}", ORGANISMS / name
-        if target.exists():
-            shutil.rmtree(target)
         _export(source, target)
         shutil.copy(source / "log.jsonl", target / "training_log.jsonl")
         if seed == shipped:

@@ -130,6 +130,9 @@ def train(
                 flush=True,
             )
         if done % run.state_every == 0 or done == schedule.steps:
+            # The log first: a run that stops in between writes it again.
+            log = "".join(json.dumps(row) + "\n" for row in run.history)
+            (run.folder / "log.jsonl").write_text(log)
             _save_atomically(
                 state_path,
                 {
@@ -141,8 +144,6 @@ def train(
                     "seconds": time.monotonic() - began,
                 },
             )
-            log = "".join(json.dumps(row) + "\n" for row in run.history)
-            (run.folder / "log.jsonl").write_text(log)
     model.eval()
     return run.history
 
