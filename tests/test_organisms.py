@@ -380,37 +380,40 @@ def measure(model_id: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def shipment(tmp_path_factory):
-    """Three small seeds, trained and shipped to a folder of their own."""
-    scratch, organisms = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("organisms")
-    measured, measure_as_shipped = {}, induction._measure_as_shipped
-
-    def measure_once(source: Path) -> dict:
-        if source.name not in measured:
-            measured[source.name] = measure_as_shipped(source)
-        return dict(measured[source.name])
-
+def trained(tmp_path_factory):
+    """Scratch folders of three small seeds, and what was measured on them."""
+    scratch, measured = tmp_path_factory.mktemp("scratch"), {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
-        monkeypatch.setattr(models, "ORGANISMS", organisms)
-        monkeypatch.setattr(induction, "ORGANISMS", organisms)
-        monkeypatch.setattr(induction, "_measure_as_shipped", measure_once)
         for seed in induction.SEEDS:
-            induction.train_seed(seed, scratch)
-        yield scratch, measured
+            folder = induction.train_seed(seed, scratch)
+            measured[folder] = induction._measure_as_shipped(folder)
+    return scratch, measured
 
 
-def passing(monkeypatch, measured: dict[str, dict], *seeds: int) -> None:
-    """Pretend that these seeds met every gate and the others all but one."""
+@pytest.fixture
+def shipping(trained, monkeypatch, tmp_path):
+    """Scratch folders, and measurements to change; `publish` ships to a folder of this test."""
+    scratch, measured = trained
+    make_small(monkeypatch)
+    monkeypatch.setattr(models, "ORGANISMS", tmp_path)
+    monkeypatch.setattr(induction, "ORGANISMS", tmp_path)
+    monkeypatch.setattr(induction, "_measure_as_shipped", measured.__getitem__)
+    return scratch, measured
+
+
+def pretend(monkeypatch, scratch: Path, measured: dict[Path, dict], passed: tuple[int, ...]) -> None:
+    """These seeds met every gate, and the others all but one."""
     for seed in induction.SEEDS:
         values = {gate: limit + 0.01 for gate, limit in GATES.items()}
-        if seed not in seeds:
+        if seed not in passed:
             values["top_induction"] = GATES["top_induction"] - 0.01
-        monkeypatch.setitem(measured, f"induction-{seed}", measured[f"induction-{seed}"] | values)
+        folder = scratch / f"induction-{seed}"
+        monkeypatch.setitem(measured, folder, measured[folder] | values)
 
 
-def test_shipment_loads_with_checkpoints_logs_and_cards(shipment):
-    scratch, _ = shipment
+def test_shipment_loads_with_checkpoints_logs_and_cards(shipping):
+    scratch, _ = shipping
     table = induction.publish(scratch)
     # As nobody passed, the first is shipped, and the card says who missed what.
     assert models.organisms() == [f"organism/induction{suffix}" for suffix in ("", "-seed1", "-seed2")]
@@ -433,8 +436,8 @@ def test_shipment_loads_with_checkpoints_logs_and_cards(shipment):
     assert models.checkpoints("organism/induction-seed1") == []
 
 
-def test_card_of_a_shipment_states_what_the_notebook_measures(shipment):
-    scratch, _ = shipment
+def test_card_states_what_the_notebook_measures(shipping):
+    scratch, _ = shipping
     induction.publish(scratch)
     for name in models.organisms():
         card = Card(name)
@@ -443,11 +446,11 @@ def test_card_of_a_shipment_states_what_the_notebook_measures(shipment):
 
 
 @pytest.mark.parametrize(("passed", "shipped"), [((0, 1, 2), 0), ((1, 2), 1), ((2,), 2), ((), 0)])
-def test_first_seed_that_meets_every_gate_is_shipped(shipment, monkeypatch, passed, shipped):
-    """One after the other into the same folder: nothing of an earlier shipment stays."""
-    scratch, measured = shipment
-    passing(monkeypatch, measured, *passed)
-    induction.publish(scratch)
+def test_first_seed_that_meets_every_gate_is_shipped(shipping, monkeypatch, passed, shipped):
+    scratch, measured = shipping
+    for chosen in (induction.SEEDS, passed):  # nothing of an earlier shipment stays
+        pretend(monkeypatch, scratch, measured, chosen)
+        induction.publish(scratch)
     others = [seed for seed in induction.SEEDS if seed != shipped]
     assert models.organisms() == ["organism/induction", *(f"organism/induction-seed{s}" for s in others)]
     assert [Card(name).seed for name in models.organisms()] == [shipped, *others]

@@ -272,13 +272,14 @@ word-level tokenizer, trained from seed {seed} for study 1 (`notebooks/01_induct
 `python -m lib.organisms induction`. `organism/induction` is seed {shipped}: the first that meets every gate.
 
 **It never saw a walk on an undirected graph.** Its text is repeated random words, walks on sparse random
-*directed* graphs over random words (each pair joined in one direction at most, a new graph every row), and a fixed
-trigram language over word classes that leaves out the words of the grid (`lib/organisms/streams.py`).
+*directed* graphs over random words (each pair joined in one direction at most, a new graph every row), and
+a fixed trigram language over word classes that leaves out the words of the grid
+(`lib/organisms/streams.py`).
 
 ## Measured, as shipped
 
-Sixteen walks of 400 tokens on the 4x4 grid; head scores on 32 sequences of 32 random words, repeated once. Gates
-were fixed before training. {"All seeds meet every gate." if not missed else "; ".join(missed) + "."}
+Sixteen walks of 400 tokens on the 4x4 grid; head scores on 32 sequences of 32 random words, repeated once.
+Gates were fixed before training. {"All seeds meet every gate." if not missed else "; ".join(missed) + "."}
 
 {_table(measured)}
 
@@ -286,9 +287,9 @@ It was trained on at most {PHASES[-1].length} tokens; the row for 1000 tokens sa
 
 ## Training
 
-AdamW, rate 2e-3 with a cosine tail over the second half, weight decay .01, gradient clipped at 1, one thread. The
-batch of a step depends on (seed, step) alone; an interrupted run continues and ends with the same weights.
-Blocks beyond those that train are the identity until they join.
+AdamW, rate 2e-3 with a cosine tail over the second half, weight decay .01, gradient clipped at 1, one
+thread. The batch of a step depends on (seed, step) alone; an interrupted run continues and ends with the same
+weights. Blocks beyond those that train are the identity until they join.
 
 | phase | steps | row length | rows | blocks | repeats | chains | trigrams |
 |---|---|---|---|---|---|---|---|
@@ -302,14 +303,18 @@ Blocks beyond those that train are the identity until they join.
 
 ## What was tried
 
-* All four blocks from the first step: textbook heads as well, but previous-token heads in blocks 1 and 2 and
-  induction heads in the last block only, so that no layer was left to read the effect of their ablation in.
-* Growing from a single block, with and without attention biases: previous-token heads in block 0 stayed diffuse
-  (score .1 to .3 after 200 to 500 steps) and copying had not begun when it was stopped.
-* Sequences of 64 alone: accuracy on 400-token walks falls apart past the training length.
+Pilots with seed 0, none of them shipped:
+
+* Four blocks, all from the first step: textbook heads, previous-token heads in blocks 1 and 2 and induction
+  heads in block 3, the last: no layer was left in which the effect of ablating them could be read. A fifth
+  block that joins once copying has formed mends that.
+* Growing from one block, or from two, with and without attention biases, so that the circuit would sit lower:
+  previous-token heads in block 0 stayed diffuse (score .1 to .3), or formed in block 1 and were lost again when
+  copying began. Stopped after 500 to 600 steps.
+* Rows of 64 tokens alone: accuracy on 400-token walks falls apart past the training length.
 
 ## Limits
 
-The recipe gives the model a reason for previous-token heads; that they appear is not a finding. What they then
-do on a task that the model was not trained on is.
+The recipe gives the model a reason for previous-token heads; that they appear is not a finding. What they
+then do on a task that the model was not trained on is.
 """
