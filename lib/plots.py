@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
@@ -233,7 +232,8 @@ def draw_head_scores(ax: Axes, scores: np.ndarray, *, top: int = 3, high: float 
     image = ax.imshow(scores, vmin=0, vmax=high, aspect="auto", interpolation="nearest")
     n_layers, n_heads = scores.shape
     step = max(1, n_layers // 8), max(1, n_heads // 8)
-    ax.set(xlabel="head", ylabel="layer", xticks=range(0, n_heads, step[1]), yticks=range(0, n_layers, step[0]))
+    ax.set(xlabel="head", xticks=range(0, n_heads, step[1]))
+    ax.set(ylabel="layer", yticks=range(0, n_layers, step[0]))
     for index in np.argsort(-scores, axis=None)[:top]:
         layer, head = np.unravel_index(index, scores.shape)
         value = scores[layer, head]
@@ -250,7 +250,9 @@ def draw_spectrum(ax: Axes, spectrum: np.ndarray, labels: Sequence[str], *, high
     return image
 
 
-def draw_directed_means(ax: Axes, means: np.ndarray, pair_means: np.ndarray, *, colour: str = VERMILLION) -> Axes:
+def draw_directed_means(
+    ax: Axes, means: np.ndarray, pair_means: np.ndarray, *, colour: str = VERMILLION
+) -> Axes:
     """Join the mean of each pair (a node after a node) to the mean of its later node.
 
     Args:
@@ -264,7 +266,9 @@ def draw_directed_means(ax: Axes, means: np.ndarray, pair_means: np.ndarray, *, 
     return ax
 
 
-def draw_distributions(ax: Axes, values: Mapping[str, np.ndarray], *, low: float = -1.0, high: float = 2.0) -> Axes:
+def draw_distributions(
+    ax: Axes, values: Mapping[str, np.ndarray], *, low: float = -1.0, high: float = 2.0
+) -> Axes:
     """Distributions one above the other, each named at its left, with its mean as a bar.
 
     Values outside low to high are counted in the outermost bins.
@@ -322,7 +326,7 @@ def _label_outwards(ax: Axes, text: str, point: np.ndarray, centre: np.ndarray, 
         ha="left" if x > 0.5 else "right" if x < -0.5 else "center",
         va="bottom" if y > 0.3 else "top" if y < -0.3 else "center",
         fontsize=7.5,
-        path_effects=[patheffects.withStroke(linewidth=2.2, foreground="white")],
-        zorder=3,
+        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "boxstyle": "square,pad=0.06"},
+        zorder=1.5,  # above edges, below nodes: a label hides no node
         annotation_clip=False,
     )
