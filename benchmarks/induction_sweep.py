@@ -55,7 +55,8 @@ def report(case: str, rounds: list[dict[str, dict]]) -> None:
     settings = CASES[case]
     first = rounds[0]["ours"]
     print(
-        f"\n{case}: {first['conditions']} conditions x {settings['n_walks']} walks x {settings['length']} tokens"
+        f"\n{case}: {first['conditions']} conditions x "
+        f"{settings['n_walks']} walks x {settings['length']} tokens"
     )
     print(f"{'':16s}{'seconds':>9s}{'/ floor':>9s}{'MB above weights':>18s}{'/ straightforward':>19s}")
     for method in METHODS:
@@ -139,41 +140,44 @@ def _ours(model, ids, walks, graph, word_ids, conditions) -> float:
 
 def _straightforward(model, ids, walks, graph, word_ids, conditions) -> float:
     import numpy as np
+
+    return float(np.mean([_one_condition(model, ids, walks, graph, word_ids, c) for c in conditions]))
+
+
+def _one_condition(model, ids, walks, graph, word_ids, condition) -> float:
+    import numpy as np
     import torch
 
     module = model._module
     n_heads = module.config.num_attention_heads
     layer = round(0.81 * module.config.num_hidden_layers)
-    accuracies = []
-    for condition in conditions:
+    streams, accuracies = [], []
 
-        def ablate(_, args, index):
-            z = args[0].clone()
-            d_head = z.shape[-1] // n_heads
-            for at, head in condition.heads:  # noqa: B023 (used within the iteration)
-                if at == index:
-                    z[..., head * d_head : (head + 1) * d_head] = 0
-            return (z,)
+    def ablate(args, index):
+        z = args[0].clone()
+        d_head = z.shape[-1] // n_heads
+        for at, head in condition.heads:
+            if at == index:
+                z[..., head * d_head : (head + 1) * d_head] = 0
+        return (z,)
 
-        handles = [
-            block.self_attn.o_proj.register_forward_pre_hook(lambda m, a, i=i: ablate(m, a, i))
-            for i, block in enumerate(module.model.layers)
-        ]
-        streams = []
-        handles.append(
-            module.model.layers[layer].register_forward_pre_hook(lambda m, a: streams.append(a[0]))
-        )
-        for walk, row in zip(walks, ids, strict=True):
-            with torch.no_grad():
-                probabilities = module(input_ids=row[None], use_cache=False).logits[0].float().softmax(-1)
-            for t, node in enumerate(walk):
-                neighbours = [word_ids[n] for n in np.flatnonzero(graph.adjacency[node])]
-                accuracies.append(probabilities[t + 1, neighbours].sum().item())
-        means = torch.cat(streams)[:, 1:].flatten(0, 1)
-        nodes = torch.from_numpy(walks).flatten()
-        [means[nodes == node].mean(0) for node in range(graph.n_nodes)]
-        for handle in handles:
-            handle.remove()
+    blocks = module.model.layers
+    handles = [
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _, args, i=i: ablate(args, i))
+        for i, block in enumerate(blocks)
+    ]
+    handles.append(blocks[layer].register_forward_pre_hook(lambda _, args: streams.append(args[0])))
+    for walk, row in zip(walks, ids, strict=True):
+        with torch.no_grad():
+            probabilities = module(input_ids=row[None], use_cache=False).logits[0].float().softmax(-1)
+        for t, node in enumerate(walk):
+            neighbours = [word_ids[n] for n in np.flatnonzero(graph.adjacency[node])]
+            accuracies.append(probabilities[t + 1, neighbours].sum().item())
+    for handle in handles:
+        handle.remove()
+    means = torch.cat(streams)[:, 1:].flatten(0, 1)
+    nodes = torch.from_numpy(walks).flatten()
+    [means[nodes == node].mean(0) for node in range(graph.n_nodes)]
     return float(np.mean(accuracies))
 
 

@@ -61,7 +61,8 @@ def attention_spectrum(
     length = ids.shape[1] - n_prefix
     total = torch.zeros(n_layers, n_heads, length, dtype=torch.float64)
     for rows in ids.split(batch_size):
-        with eager_attention(model), torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
+        rows = rows.to(model.device)
+        with eager_attention(model), torch.no_grad(), model.trace(rows, use_cache=False) as tracer:
             sums = [_offset_sums(block.self_attn.output[1], n_prefix) for block in model.layers]
             batch = torch.stack(sums).cpu().save()
             tracer.stop()

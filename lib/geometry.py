@@ -312,6 +312,36 @@ def map_gram(graph: Graph, trace: float, squared_norm: float, self_weight: float
     )
 
 
+class MixingFit(NamedTuple):
+    """How much of each word, and of its neighbours, a cloud of class means holds (`fit_mixing`)."""
+
+    own: float  # coefficient of I: s^2
+    aligned: float  # coefficient of A + A^T: positive where neighbours enter as they are
+    neighbours: float  # coefficient of A A^T
+    explained: float  # share of the Gram matrix's squared entries that the fit explains
+    energy: float  # Dirichlet energy of the top two components that the fit predicts
+
+
+def fit_mixing(points: np.ndarray, graph: Graph) -> MixingFit:
+    """Least-squares fit of the mixing model s^2 I + c (A + A^T) + f A A^T to points [node, d].
+
+    The Gram matrix of the centred points is fitted on the centred terms of `map_gram`; absent nodes
+    are left out of both. What the model cannot hold, such as words of unequal length, lowers `explained`.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    present = _present(points, at_least=3)
+    centring = np.eye(present.sum()) - 1 / present.sum()
+    mean = neighbour_mean(graph)
+    terms = [np.eye(graph.n_nodes), mean + mean.T, mean @ mean.T]
+    centred = [centring @ term[np.ix_(present, present)] @ centring for term in terms]
+    basis = np.stack([term.ravel() for term in centred], axis=1)
+    target = (centring @ points[present] @ points[present].T @ centring).ravel()
+    weights, *_ = np.linalg.lstsq(basis, target, rcond=None)
+    left = ((target - basis @ weights) ** 2).sum() / (target**2).sum()
+    gram = sum(weight * term for weight, term in zip(weights, terms, strict=True))
+    return MixingFit(*map(float, weights), float(1 - left), predicted_energy(gram, graph, k=2))
+
+
 def harmonics(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Principal components that a Gram matrix implies: eigenvalues [node] falling, vectors [node, node].
 

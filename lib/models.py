@@ -3,10 +3,10 @@
 `load` takes an embedded name (`organism/induction`), a local folder or a hub id
 and returns an nnsight model. Whatever the family, these names work in a trace:
 
-    model.layers[i].input / .output         residual stream before / after block i  [batch, token, d_model]
-    model.layers[i].self_attn.o_proj.input  head outputs, concatenated              [batch, token, head * d_head]
-    model.layers[i].self_attn.output[1]     attention probabilities, eager only     [batch, head, query, key]
-    model.layers[i].mlp.output              MLP's contribution to the stream        [batch, token, d_model]
+    model.layers[i].input / .output         residual stream around block i       [batch, token, d_model]
+    model.layers[i].self_attn.o_proj.input  head outputs, concatenated           [batch, token, head * d_head]
+    model.layers[i].self_attn.output[1]     attention probabilities, eager only  [batch, head, query, key]
+    model.layers[i].mlp.output              MLP's contribution to the stream     [batch, token, d_model]
     model.embed_tokens, model.norm, model.lm_head
 
 Tested on Llama, Mistral, Qwen2, Qwen3, Gemma, Phi3 and GPT-2.
@@ -319,7 +319,7 @@ def _verify_file(model_id: str, path: Path, expected: str) -> None:
         raise ModelError(f"{model_id}: {path} is missing; {remedy}")
     if _sha256(path) != expected:
         raise ModelError(
-            f"{model_id}: {path} is not the file that was trained (sha256 differs from manifest.json); {remedy}"
+            f"{model_id}: {path} is not the file that was trained (its sha256 differs); {remedy}"
         )
 
 
@@ -330,8 +330,8 @@ def _check_tensors(model_id: str, module: torch.nn.Module, report: dict, dtype: 
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise ModelError(
-                f"{model_id}: {problem} tensors: {shown}. transformers would have gone on with random or ignored "
-                "weights; get a complete checkpoint that belongs to this config.json"
+                f"{model_id}: {problem} tensors: {shown}. transformers would have gone on with random or "
+                "ignored weights; get a complete checkpoint that belongs to this config.json"
             )
     for name, tensor in module.named_parameters():
         if tensor.dtype != dtype:
@@ -361,8 +361,8 @@ def _explain_load_failure(model_id: str, folder: Path, error: Exception) -> Mode
     if folder.is_dir():
         return ModelError(f"cannot load {folder}: {first}")
     return ModelError(
-        f"model_id {model_id!r} is no embedded model ({', '.join(organisms())}), no local folder, and could not be "
-        f"fetched from the hub: {first} With weights elsewhere, pass the folder that holds config.json"
+        f"model_id {model_id!r} is no embedded model ({', '.join(organisms())}), no local folder, and could "
+        f"not be fetched from the hub: {first} With weights elsewhere, pass the folder that holds config.json"
     )
 
 

@@ -178,7 +178,9 @@ def random_walks(graph: Graph, n_walks: int, length: int, seed: int) -> np.ndarr
     return walks
 
 
-def other_nodes(now: np.ndarray, before: np.ndarray, graph: Graph, *, neighbours: bool, seed: int) -> np.ndarray:
+def other_nodes(
+    now: np.ndarray, before: np.ndarray, graph: Graph, *, neighbours: bool, seed: int
+) -> np.ndarray:
     """A random node for each position of a walk, neither the current one nor the one before.
 
     Args:

@@ -13,6 +13,7 @@ from lib.geometry import (
     class_means,
     dirichlet_energy,
     effective_rank,
+    fit_mixing,
     half_way,
     harmonics,
     in_betweenness,
@@ -24,6 +25,7 @@ from lib.geometry import (
     participation_ratio,
     pca,
     permutation_p_value,
+    plane_energy,
     predicted_energy,
     procrustes_distance,
     shuffled_label_null,
@@ -369,3 +371,18 @@ def test_coordinate_projection_stands_for_any_projection():
     assert np.allclose(mixed @ rotation.T, simulate_mixing(GRID, 20, rank=6, seed=0))
     with pytest.raises(ValueError, match="rank must be between 0 and d = 20, not 21"):
         simulate_mixing(GRID, 20, rank=21)
+
+
+@pytest.mark.parametrize(("own", "lean"), [(1.0, 1.0), (1.0, -0.5), (0.3, 0.0)])
+def test_fit_recovers_a_planted_mixing(own, lean):
+    """Vectors mixed by own * e_i + W mean_j e_j, where W turns half of the dimensions away or around."""
+    graph, d = grid_graph(4, 4), 20_000
+    vectors = np.random.default_rng(0).normal(size=(16, d)) / np.sqrt(d)
+    signs = np.where(np.arange(d) < d * (1 + lean) / 2, 1.0, -1.0)  # tr W / d = lean, |W|^2 / d = 1
+    mixed = own * vectors + (neighbour_mean(graph) @ vectors) * signs
+    fit = fit_mixing(mixed, graph)
+    assert fit.own == pytest.approx(own**2, abs=0.05)
+    assert fit.aligned == pytest.approx(own * lean, abs=0.05)
+    assert fit.neighbours == pytest.approx(1.0, abs=0.1)
+    assert fit.explained > 0.98
+    assert fit.energy == pytest.approx(plane_energy(mixed, graph), abs=0.25)

@@ -134,7 +134,7 @@ def test_sweep_equals_one_forward_at_a_time(model, mode):
         for node in range(N_CLASSES):
             naive = stream[labels == node].mean(0)
             np.testing.assert_allclose(sweep.class_means()[c, node], naive, rtol=1e-4, atol=1e-5)
-    # "one late" starts at layer 2 from the baseline, "two layers" at 1, "first layer" at 0, the duplicate nowhere.
+    # "one late" starts at layer 2, "two layers" at 1, "first layer" at 0, the duplicate nowhere.
     assert sweep.work == pytest.approx((3 + 1 + 2 + 3) / (5 * 3))
     np.testing.assert_array_equal(sweep.word_probabilities[1], sweep.word_probabilities[3])
 

@@ -308,9 +308,9 @@ Pilots with seed 0, none of them shipped:
 * Four blocks, all from the first step: textbook heads, previous-token heads in blocks 1 and 2 and induction
   heads in block 3, the last: no layer was left in which the effect of ablating them could be read. A fifth
   block that joins once copying has formed mends that.
-* Growing from one block, or from two, with and without attention biases, so that the circuit would sit lower:
-  previous-token heads in block 0 stayed diffuse (score .1 to .3), or formed in block 1 and were lost again when
-  copying began. Stopped after 500 to 600 steps.
+* Growing from one block, or from two, with and without attention biases, so that the circuit would sit
+  lower: previous-token heads in block 0 stayed diffuse (score .1 to .3), or formed in block 1 and were lost
+  again when copying began. Stopped after 500 to 600 steps.
 * Rows of 64 tokens alone: accuracy on 400-token walks falls apart past the training length.
 
 ## Limits
