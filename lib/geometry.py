@@ -169,9 +169,8 @@ def in_betweenness(
         a mean is absent.
     """
     own = means[nodes]
-    line = means[targets] - own
-    position = ((activations - own) * line).sum(-1) / (line**2).sum(-1)
-    return np.where(np.asarray(targets) >= 0, position, np.nan)
+    line = np.where(np.asarray(targets)[..., None] >= 0, means[targets] - own, np.nan)
+    return ((activations - own) * line).sum(-1) / (line**2).sum(-1)
 
 
 def half_way(x: np.ndarray, y: np.ndarray) -> float:

@@ -224,6 +224,19 @@ def test_in_betweenness_is_the_place_along_the_line_between_two_means():
     assert in_betweenness(point, np.array(1), np.array(0), means) == pytest.approx(0.6)
 
 
+def test_in_betweenness_without_a_target_is_nan():
+    means, own = cloud(3, 6), np.array([[0, 1], [2, 2]])
+    with np.errstate(all="raise"):  # a notebook would show a warning
+        found = in_betweenness(means[own], own, np.array([[1, -1], [-1, 0]]), means)
+    assert np.isnan(found[[0, 1], [1, 0]]).all() and np.allclose(found[[0, 1], [0, 1]], 0)
+
+
+def test_energy_in_the_plane_is_that_of_the_two_first_components():
+    points = with_absent(cloud(16, 9), 3)
+    assert plane_energy(points, GRID) == pytest.approx(naive_energy(pca(points).projection, GRID))
+    assert plane_energy(points, GRID) != pytest.approx(dirichlet_energy(points, GRID))
+
+
 @pytest.mark.parametrize("y, expected", [
     ([0, 1, 2, 3, 4], 2.0),  # half of the maximum is met at a point
     ([1, 1, 4, 3, 1], 1.5),  # a half of the way to 4, which lies between two points; the fall does not count

@@ -7,6 +7,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from lib.models import (
     plain_token_ids,
     provenance,
     shape,
+    with_bos,
     word_ids,
     wrap,
 )
@@ -272,6 +274,14 @@ def test_text_opens_with_bos_or_else_with_the_end_of_text(folder):
     assert bos_id(wrapped(bpe_tokenizer(eos_token="<end>"))) == 0
     with pytest.raises(ModelError, match="no BOS and no end-of-text token"):
         bos_id(wrapped(bpe_tokenizer()))
+
+
+def test_bos_goes_before_every_sequence(folder):
+    tokens = np.array([[5, 6, 7], [8, 9, 5]])
+    for model, opening in ((load(str(folder)), 0), (wrapped(bpe_tokenizer(bos_token="<bos>")), None)):
+        ids = with_bos(model, tokens)
+        assert ids.dtype == torch.int64 and np.array_equal(ids[:, 1:], tokens)
+        assert set(ids[:, 0].tolist()) == {bos_id(model) if opening is None else opening}
 
 
 def test_plain_tokens_are_all_that_model_and_tokenizer_both_have_but_the_special_ones(folder):

@@ -166,6 +166,21 @@ def test_labels_of_curves_that_end_together_do_not_overlap(ax):
     assert all(lower.y1 <= upper.y0 for lower, upper in zip(boxes, boxes[1:], strict=False))
 
 
+def test_bands_are_labelled_at_their_ends_without_overlap(ax):
+    ax.set(ylim=(0, 1))
+    x, middle = np.array([0.0, 5.0, 9.0]), np.array([0.1, 0.3, 0.5])
+    bands = {"intact": (middle, middle - 0.1, middle + 0.2), "random": (middle, middle, middle)}
+    assert plots.draw_bands(ax, x, bands, [plots.BLACK, plots.GREY], marker="s") is ax
+    assert [line.get_color() for line in ax.lines] == [plots.BLACK, plots.GREY]
+    assert all(np.array_equal(line.get_xydata(), np.column_stack([x, middle])) for line in ax.lines)
+    heights = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(0) and heights.max() == pytest.approx(0.7)
+    low, high = (text for text in ax.texts if text.get_text())
+    assert (low.get_text(), low.get_color(), low.xy[0]) == ("intact", plots.BLACK, 9)
+    assert (high.get_text(), high.get_color(), high.xy[0]) == ("random", plots.GREY, 9)
+    assert high.xy[1] - low.xy[1] == pytest.approx(0.07) and high.xy[1] + low.xy[1] == pytest.approx(1.0)
+
+
 def test_head_scores_are_a_map_with_the_highest_heads_in_numbers(ax):
     scores = np.array([[0.1, 0.95, 0.0], [0.4, 0.2, 1.0]])
     image = plots.draw_head_scores(ax, scores, top=3)

@@ -3,7 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.walks import Graph, graph_from_edges, grid_graph, hexagonal_graph, random_walks, ring_graph
+from lib.walks import (
+    Graph,
+    graph_from_edges,
+    grid_graph,
+    hexagonal_graph,
+    other_nodes,
+    random_walks,
+    ring_graph,
+)
 from lib.walks import rule_following_accuracy as accuracy
 
 WORDS = "apple bird car egg house milk plane opera box sand sun mango rock math code phone".split()
@@ -112,6 +120,31 @@ def test_walk_is_a_function_of_seed_and_number_alone():
     assert (random_walks(grid, n_walks=8, length=30, seed=2) != walks).any()
     assert not (longer[0] == longer[-1]).all(), "walks from different starts differ"
     assert len({tuple(walk[1:]) for walk in random_walks(ring_graph(3), 30, 60, seed=0)}) == 30
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_other_node_is_uniform_among_those_that_are_neither_here_nor_before(neighbours):
+    grid = grid_graph(3, 3)
+    walks = random_walks(grid, n_walks=9, length=2000, seed=0)
+    now, before = walks[:, 1:], walks[:, :-1]
+    drawn = other_nodes(now, before, grid, neighbours=neighbours, seed=1)
+    assert drawn.shape == now.shape
+    assert np.array_equal(drawn, other_nodes(now, before, grid, neighbours=neighbours, seed=1))
+    assert (drawn != other_nodes(now, before, grid, neighbours=neighbours, seed=2)).any()
+    for here in range(9):
+        for last in np.flatnonzero(grid.adjacency[here]):
+            found = drawn[(now == here) & (before == last)]
+            meant = [i for i in range(9) if grid.adjacency[here, i] == neighbours and i not in (here, last)]
+            shares = np.bincount(found, minlength=9)[meant] / len(found)
+            assert set(found) == set(meant)
+            assert np.abs(shares - 1 / len(meant)).max() < 5 * 0.5 / np.sqrt(len(found))
+
+
+def test_other_node_is_none_where_there_is_none():
+    path = graph_from_edges(["a-b", "b-c"])  # the ends have no other neighbour, the middle no non-neighbour
+    now, before = np.array([0, 1, 2, 1]), np.array([1, 0, 1, 2])
+    assert other_nodes(now, before, path, neighbours=True, seed=0).tolist() == [-1, 2, -1, 0]
+    assert other_nodes(now, before, path, neighbours=False, seed=0).tolist() == [2, -1, 0, -1]
 
 
 def test_accuracy_equals_the_naive_sum_over_neighbours():
