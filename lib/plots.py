@@ -237,7 +237,8 @@ def draw_head_scores(ax: Axes, scores: np.ndarray, *, top: int = 3, high: float 
     for index in np.argsort(-scores, axis=None)[:top]:
         layer, head = np.unravel_index(index, scores.shape)
         value = scores[layer, head]
-        ax.text(head, layer, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=7.5,
+        text = f"{value:.2f}".lstrip("0") if value < 0.995 else f"{value:.0f}"
+        ax.text(head, layer, text, ha="center", va="center", fontsize=7,
                 color="black" if value > 0.6 * high else "white")
     return image
 
@@ -267,7 +268,7 @@ def draw_directed_means(
 
 
 def draw_distributions(
-    ax: Axes, values: Mapping[str, np.ndarray], *, low: float = -1.0, high: float = 2.0
+    ax: Axes, values: Mapping[str, np.ndarray], *, low: float = -0.5, high: float = 1.5
 ) -> Axes:
     """Distributions one above the other, each named at its left, with its mean as a bar.
 
@@ -298,7 +299,7 @@ def draw_layers(ax: Axes, x: np.ndarray, values: np.ndarray, *, highlight: int) 
         ax.plot(x, row, color=shade, linewidth=2.6 if chosen else 1.2, zorder=3 if chosen else 2)
     named = [layer for layer in range(len(values)) if layer % every == 0 or layer == highlight]
     ends = {f"{n}" + (" (read)" if n == highlight else ""): (values[n][-1], shades[n]) for n in named}
-    return label_ends(ax, x[-1], ends)
+    return label_ends(ax, x[-1], ends, gap=0.055)
 
 
 def spread(heights: np.ndarray, gap: float) -> np.ndarray:

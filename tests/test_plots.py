@@ -188,7 +188,7 @@ def test_head_scores_are_a_map_with_the_highest_heads_in_numbers(ax):
     assert ax.get_xlabel() == "head" and ax.get_ylabel() == "layer"
     # The place of a number is (head, layer); what is bright carries dark text.
     numbers = {text.get_position(): (text.get_text(), text.get_color()) for text in ax.texts}
-    assert numbers == {(2, 1): ("1.00", "black"), (1, 0): (".95", "black"), (0, 1): (".40", "white")}
+    assert numbers == {(2, 1): ("1", "black"), (1, 0): (".95", "black"), (0, 1): (".40", "white")}
     assert plots.draw_head_scores(ax, scores, high=2.0).get_clim() == (0, 2)
 
 
@@ -225,16 +225,16 @@ def test_distributions_stand_one_above_the_other_with_mean_and_name(ax):
         "none": np.array([-7.0, 1.95, 40.0]),  # beyond the ends
     }
     assert plots.draw_distributions(ax, values) is ax
-    assert texts(ax) == list(values) and ax.get_xlim() == (-1, 2)
-    assert [text.get_position()[0] for text in ax.texts] == [-1, -1, -1]
+    assert texts(ax) == list(values) and ax.get_xlim() == (-0.5, 1.5)
+    assert [text.get_position()[0] for text in ax.texts] == [-0.5, -0.5, -0.5]
     for row, (sample, mean, shape) in enumerate(zip(values.values(), ax.lines, ax.collections, strict=True)):
         assert mean.get_xdata().tolist() == [np.mean(sample)] * 2
         (x0, y0), (x1, y1) = shape.get_datalim(ax.transData).get_points()
         assert y0 == -row and y1 == pytest.approx(-row + 0.8), "each fills a row of its own"
         vertices = shape.get_paths()[0].vertices
         outline = vertices[vertices[:, 1] > -row + 1e-6, 0]  # where there is something
-        assert (outline > np.clip(sample.min(), -1, 2) - 0.06).all()
-        assert (outline < np.clip(sample.max(), -1, 2) + 0.06).all()
+        assert (outline > np.clip(sample.min(), -0.5, 1.5) - 0.06).all()
+        assert (outline < np.clip(sample.max(), -0.5, 1.5) + 0.06).all()
 
 
 def test_layers_are_one_line_each_and_the_read_one_stands_out(ax):

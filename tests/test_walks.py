@@ -40,6 +40,8 @@ def test_ring_and_honeycomb_have_the_degrees_and_edge_lengths_of_their_lattice()
     assert honeycomb.n_nodes == 22 and len(honeycomb.edges) == 22 + 6 - 1  # Euler: E = V + faces - 1
     heights = honeycomb.positions[:, 1]
     assert (np.diff(heights) <= 1e-6).all(), "nodes are numbered from the top line down"
+    same_line = np.abs(np.diff(heights)) < 1e-6
+    assert (np.diff(honeycomb.positions[:, 0])[same_line] > 0).all(), "and from left to right"
     for graph in (ring, honeycomb):
         i, j = graph.edges.T
         lengths = np.linalg.norm(graph.positions[i] - graph.positions[j], axis=1)

@@ -56,11 +56,12 @@ class Phase:
 PHASES = (
     Phase(300, 64, 64, blocks=4, repeats=0.0, chains=0.0, trigrams=1.0),
     Phase(900, 64, 64, blocks=4, repeats=0.5, chains=0.25, trigrams=0.25),
-    Phase(1800, 256, 16, blocks=5, repeats=0.25, chains=0.7, trigrams=0.05),
-    Phase(500, 512, 8, blocks=5, repeats=0.25, chains=0.75, trigrams=0.0),
+    Phase(1300, 256, 16, blocks=5, repeats=0.25, chains=0.7, trigrams=0.05),
+    Phase(500, 256, 16, blocks=5, repeats=0.1, chains=0.9, trigrams=0.0),
+    Phase(500, 512, 8, blocks=5, repeats=0.1, chains=0.9, trigrams=0.0),
 )
 STEPS = sum(phase.steps for phase in PHASES)
-CHECKPOINTS = (0, 200, 300, 400, 500, 600, 800, 1200, 1600, 2400)
+CHECKPOINTS = (0, 200, 300, 400, 500, 600, 800, 1200, 1600, 2400, STEPS)
 
 
 def words() -> list[str]:
