@@ -290,7 +290,7 @@ def ablation_sweep(
         word_ids: vocabulary ids whose probability is wanted [word].
         labels: class of each token after the prefix, -1 for none [sequence, token].
         n_classes: number of classes.
-        layer: class sums are taken at the input of this block; n_layers is the output of the last.
+        layer: class sums are taken at the input of this block.
         fill: outputs that replace those of ablated heads [layer, head, d_head]; zero by default.
         n_prefix: leading tokens (BOS) that are read by the model and not measured.
         batch_size: rows a forward; 0 chooses by memory. Halved when memory runs out.
@@ -305,8 +305,8 @@ def ablation_sweep(
     sizes = shape(model)
     _check_heads(conditions, sizes.n_layers, sizes.n_heads)
     check_length(model, ids.shape[1])
-    if not 0 <= layer <= sizes.n_layers:
-        raise ValueError(f"layer {layer} is not among the {sizes.n_layers} layers (0 to {sizes.n_layers})")
+    if not 0 <= layer < sizes.n_layers:
+        raise ValueError(f"layer {layer}: the model has layers 0 to {sizes.n_layers - 1}")
 
     unique = list(dict.fromkeys([frozenset(), *(condition.heads for condition in conditions)]))
     masks = torch.zeros(len(unique), sizes.n_layers, sizes.n_heads, dtype=torch.bool)
@@ -459,7 +459,7 @@ class _Reader:
         masks, word_ids = plan.masks[condition].to(device), self.word_ids.to(device)  # [batch, layer, head]
         ablated = masks.any(dim=0).any(dim=-1).tolist()  # [layer]
         fills = None if self.fill is None else self.fill.to(device)
-        first, n_layers = plan.starts[condition[0]], masks.shape[1]
+        first = plan.starts[condition[0]]
         entry = None
         if first:
             entry = torch.stack([self._entry(row) for row in rows]).to(device)
@@ -477,8 +477,6 @@ class _Reader:
                     sums = class_sums(block.input[:, n_prefix:], labels, self.n_classes).cpu()
                 if ablated[index]:
                     ablate_heads(block, masks[:, index], None if fills is None else fills[index])
-            if self.layer == n_layers:
-                sums = class_sums(model.layers[-1].output[:, n_prefix:], labels, self.n_classes).cpu()
             words = word_probabilities(model, model.norm.output[:, n_prefix:], word_ids).cpu()
             measured = {"streams": streams, "class_sums": sums, "probabilities": words}.save()
             tracer.stop()

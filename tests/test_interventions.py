@@ -139,18 +139,12 @@ def test_sweep_equals_one_forward_at_a_time(model, mode):
     np.testing.assert_array_equal(sweep.word_probabilities[1], sweep.word_probabilities[3])
 
 
-def test_reading_after_the_last_layer(llama):
+def test_layer_that_the_model_lacks_is_named(llama):
     ids, labels = stimulus()
-    sweep = ablation_sweep(
-        llama, ids, CONDITIONS[:3], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=3
-    )
-    with torch.no_grad():
-        out = []
-        handle = llama._module.model.layers[-1].register_forward_hook(lambda *args: out.append(args[2]))
-        llama._module(input_ids=ids)
-        handle.remove()
-    naive = np.stack([out[0][:, 1:].numpy()[labels == node].mean(0) for node in range(N_CLASSES)])
-    np.testing.assert_allclose(sweep.class_means()[0], naive, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="layer 3: the model has layers 0 to 2"):
+        ablation_sweep(
+            llama, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=3
+        )
 
 
 def test_class_sums_ignore_negative_labels():
