@@ -176,10 +176,10 @@ def in_betweenness(
 def half_way(x: np.ndarray, y: np.ndarray) -> float:
     """Where a curve has first made half of its way from its first value up to its maximum.
 
-    Linear between points; NaN when the curve never exceeds its first value.
+    Linear between points; NaN when the curve never exceeds its first value, or holds a NaN.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if y.max() <= y[0]:
+    if not y.max() > y[0]:  # false for NaN, too
         return float("nan")
     level = (y[0] + y.max()) / 2
     after = int(np.argmax(y >= level))
@@ -363,9 +363,9 @@ def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: fl
     Args:
         gram: [node, node], of given points or expected (`mixing_gram`, `map_gram`).
         k: number of components, None for the full space.
-        d: number of dimensions of a Gaussian cloud, to first order in 1 / d: sampling noise mixes
-            each component with those of nearby variance (Anderson 1963, Lawley 1956). None for
-            the limit.
+        d: number of dimensions of a Gaussian cloud, for its mean energy to first order in 1 / d:
+            sampling noise mixes each component with those of nearby variance (Anderson 1963,
+            Lawley 1956). None for the limit.
 
     Returns:
         The energy; NaN where sampling noise takes over half of a component, which is no small
@@ -377,18 +377,23 @@ def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: fl
     group = np.cumsum(np.abs(np.diff(values, prepend=values[0])) > 1e-9 * values[0])
     same = group[:, None] == group
     roughness = (same @ roughness) / same.sum(axis=1)
-    if k is None:
-        return float(values @ roughness / values.sum())
-    if d is not None:
-        gap = np.where(same, np.inf, values[:, None] - values)
-        overlap = np.outer(values, values) / (d * gap**2)  # expected square of <sample v_i, v_j>
-        if overlap[:k].sum(axis=1).max() > 0.5:
-            return float("nan")
-        roughness, values = (
-            roughness + (overlap * (roughness - roughness[:, None])).sum(axis=1),
-            values * (1 + (values / gap).sum(axis=1) / d),
-        )
-    return float(values[:k] @ roughness[:k] / values[:k].sum())
+    k = len(values) if k is None else k
+    if d is None:
+        return float(values[:k] @ roughness[:k] / values[:k].sum())
+    return _first_order_energy(values, roughness, same, k, d)
+
+
+def _first_order_energy(values: np.ndarray, roughness: np.ndarray, same: np.ndarray, k: int, d: float) -> float:
+    """Mean energy of the top k components of d-dimensional Gaussian samples, to first order in 1 / d."""
+    gap = np.where(same, np.inf, values[:, None] - values)
+    overlap = np.outer(values, values) / (d * gap**2)  # expected square of <sample v_i, v_j>
+    if overlap[:k].sum(axis=1).max() > 0.5:
+        return float("nan")
+    rough = (roughness + (overlap * (roughness - roughness[:, None])).sum(axis=1))[:k]
+    top = (values * (1 + (values / gap).sum(axis=1) / d))[:k]
+    energy = top @ rough / top.sum()
+    # A sample variance has variance 2 l^2 / d, which shifts the mean of the ratio.
+    return float(energy + 2 / d * (top**2 @ (energy - rough)) / top.sum() ** 2)
 
 
 def _present(points: np.ndarray, at_least: int = 2) -> np.ndarray:

@@ -5,7 +5,7 @@ from itertools import combinations
 import networkx as nx
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu, ortho_group
+from scipy.stats import mannwhitneyu, ortho_group, wishart
 
 from lib.geometry import (
     ClassSums,
@@ -304,16 +304,23 @@ def test_limit_of_the_published_toy():
     assert abs(np.mean(after) - 0.636) < 0.01 and min(after) < 0.636 < max(after)
 
 
-# On the square grid the top two variances are equal; on the long one their weights matter too.
-@pytest.mark.parametrize("graph, d, n_draws", [(GRID, 256, 300), (GRID, 1024, 300), (grid_graph(2, 5), 128, 8000)],
-                         ids=["square-256", "square-1024", "long-128"])  # fmt: skip
-def test_finite_dimension_correction_is_much_closer_than_the_limit(graph, d, n_draws):
-    mixing = mixing_matrix(graph)
-    clouds = (mixing @ cloud(graph.n_nodes, d, seed) for seed in range(n_draws))
-    simulated = [predicted_energy(points @ points.T, graph, k=2) for points in clouds]
-    limit, corrected = (predicted_energy(mixing @ mixing.T, graph, k=2, d=size) for size in (None, d))
-    mean, standard_error = np.mean(simulated), np.std(simulated) / np.sqrt(n_draws)
+@pytest.mark.parametrize("d", [256, 1024])
+def test_finite_dimension_correction_is_much_closer_than_the_limit(d):
+    mixing = mixing_matrix(GRID)
+    simulated = [predicted_energy((x := mixing @ cloud(16, d, seed)) @ x.T, GRID, k=2) for seed in range(300)]
+    limit, corrected = (predicted_energy(mixing @ mixing.T, GRID, k=2, d=size) for size in (None, d))
+    mean, standard_error = np.mean(simulated), np.std(simulated) / np.sqrt(300)
     assert abs(mean - corrected) < 4 * standard_error < 0.2 * (mean - limit)
+
+
+def test_finite_dimension_correction_weighs_unequal_variances():
+    graph, d = grid_graph(3, 4), 1024  # on the square grid the top two are equal and weights do not matter
+    mixing = mixing_matrix(graph)
+    draws = wishart(df=d, scale=np.eye(12)).rvs(8000, random_state=0)  # Gram matrices of Gaussian vectors
+    simulated = [predicted_energy(mixing @ draw @ mixing.T, graph, k=2) for draw in draws]
+    corrected = predicted_energy(mixing @ mixing.T, graph, k=2, d=d)
+    standard_error = np.std(simulated) / np.sqrt(8000)
+    assert abs(np.mean(simulated) - corrected) < 4 * standard_error < 0.001
 
 
 def test_finite_dimension_correction_says_when_it_is_none():
