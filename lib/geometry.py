@@ -383,7 +383,9 @@ def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: fl
     return _first_order_energy(values, roughness, same, k, d)
 
 
-def _first_order_energy(values: np.ndarray, roughness: np.ndarray, same: np.ndarray, k: int, d: float) -> float:
+def _first_order_energy(
+    values: np.ndarray, roughness: np.ndarray, same: np.ndarray, k: int, d: float
+) -> float:
     """Mean energy of the top k components of d-dimensional Gaussian samples, to first order in 1 / d."""
     gap = np.where(same, np.inf, values[:, None] - values)
     overlap = np.outer(values, values) / (d * gap**2)  # expected square of <sample v_i, v_j>
