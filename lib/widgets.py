@@ -43,7 +43,7 @@ def mixing_stills(
     graph: Graph, *, d: int, self_weights: Sequence[float], steps: Sequence[int], seed: int = 0
 ) -> Figure:
     """The explorer as one figure: rows are self-weights, columns numbers of steps."""
-    size = (plots.PAGE, 0.3 + len(self_weights) * plots.PAGE / max(len(steps), 3) * 0.92)
+    size = (plots.PAGE, 0.3 + len(self_weights) * plots.PAGE / max(len(steps), 3) * 0.8)
     figure, axes = plt.subplots(len(self_weights), len(steps), figsize=size, squeeze=False)
     for row, self_weight in zip(axes, self_weights, strict=True):
         for ax, n_steps in zip(row, steps, strict=True):
@@ -81,7 +81,7 @@ def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.VBox:
         draw_mixing(figure.add_subplot(), graph, d=d, self_weight=self_weight, steps=steps,
                     rank=max(1, round(rank_share * d)), noise=noise, seed=seed)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
+        figure.savefig(buffer, format="png", dpi=100)
         picture.value = buffer.getvalue()
 
     redraw()
