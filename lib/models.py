@@ -217,14 +217,14 @@ def word_ids(model: TransformersModel, words: Sequence[str]) -> list[int]:
     """
     tokenizer, found, broken = model.tokenizer, [], []
     for word in words:
-        # SentencePiece tokenizers add the space by themselves, BPE tokenizers are given it.
-        spellings = [tokenizer(text, add_special_tokens=False).input_ids for text in (f" {word}", word)]
-        single = next((ids[0] for ids in spellings if len(ids) == 1), None)
-        if single is None or single == tokenizer.unk_token_id:
-            broken.append(
-                f"{word!r} ({len(spellings[0])} tokens)" if single is None else f"{word!r} (unknown)"
-            )
-        found.append(single)
+        # The word's second occurrence has a space before it in every kind of tokenizer.
+        once = tokenizer(word, add_special_tokens=False).input_ids
+        inside = tokenizer(f"{word} {word}", add_special_tokens=False).input_ids[len(once) :]
+        if len(inside) != 1:
+            broken.append(f"{word!r} ({len(inside)} tokens)")
+        elif inside[0] == tokenizer.unk_token_id:
+            broken.append(f"{word!r} (unknown)")
+        found += inside
     if broken:
         raise ModelError(f"not one token of this tokenizer: {', '.join(broken)}; choose other words")
     if len(set(found)) < len(found):

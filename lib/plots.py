@@ -290,7 +290,8 @@ def draw_distributions(
 def draw_layers(ax: Axes, x: np.ndarray, values: np.ndarray, *, highlight: int) -> Axes:
     """One line a layer [layer, point], labelled by number at its end; one layer stands out.
 
-    Depth is shown by shade, which is ordered as layers are; with many layers every few are labelled.
+    Depth is shown by shade, which is ordered as layers are; with many layers every few are labelled. Set
+    the limits of the y axis first: the labels are spread over it.
     """
     shades = mpl.colormaps[SEQUENTIAL](np.linspace(0.0, 0.85, len(values)))
     every = max(1, len(values) // 8)

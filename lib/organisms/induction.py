@@ -172,7 +172,7 @@ class Evaluation:
 def train_seed(seed: int, scratch: Path) -> Path:
     """Train one seed, or continue it; returns its scratch folder."""
     folder = scratch / f"induction-{seed}"
-    run = Run(folder, checkpoints=CHECKPOINTS)
+    run = Run(folder, recipe=repr(PHASES), checkpoints=CHECKPOINTS)
     model = build_model(seed)
     train(model, Stream(seed).loss, Schedule(steps=STEPS), run, Evaluation())
     model.save_pretrained(folder / "model")
@@ -260,17 +260,19 @@ def _card(name: str, seed: int, shipped: int, measured: dict[int, dict]) -> str:
         for i, p in enumerate(PHASES, 1)
     )
     missed = [
-        f"seed {s} misses {gate} ({m[gate]:.3f})"
+        f"* seed {s} misses `{gate}` >= {GATES[gate]}: {m[gate]:.3f}"
         for s, m in measured.items()
         for gate in GATES
         if m[gate] < GATES[gate]
     ]
+    passes = all(measured[shipped][gate] >= GATES[gate] for gate in GATES)
+    choice = "the first that meets every gate" if passes else "the first of all, because none meets every gate"
     return f"""# organism/{name}
 
 A Llama of 5 layers, 8 heads, d_model 256 ({
         measured[seed]["n_parameters"]:,} parameters, float16 on disk) with a
 word-level tokenizer, trained from seed {seed} for study 1 (`notebooks/01_induction_ablation.ipynb`) by
-`python -m lib.organisms induction`. `organism/induction` is seed {shipped}: the first that meets every gate.
+`python -m lib.organisms induction`. `organism/induction` is seed {shipped}: {choice}.
 
 **It never saw a walk on an undirected graph.** Its text is repeated random words, walks on sparse random
 *directed* graphs over random words (each pair joined in one direction at most, a new graph every row), and
@@ -280,9 +282,9 @@ a fixed trigram language over word classes that leaves out the words of the grid
 ## Measured, as shipped
 
 Sixteen walks of 400 tokens on the 4x4 grid; head scores on 32 sequences of 32 random words, repeated once.
-Gates were fixed before training. {"All seeds meet every gate." if not missed else "; ".join(missed) + "."}
+Gates were fixed before training. {"All seeds meet every gate." if not missed else "Not all were met:"}
 
-{_table(measured)}
+{"".join(line + chr(10) for line in missed) + chr(10) if missed else ""}{_table(measured)}
 
 It was trained on at most {PHASES[-1].length} tokens; the row for 1000 tokens says what is left beyond.
 

@@ -45,12 +45,15 @@ class Run:
 
     Attributes:
         folder: scratch folder of the run; may be deleted once the run is published.
+        recipe: all that the batches depend on besides the seed, as text. A run is not continued with
+            another one.
         checkpoints: steps at which the weights are kept (float16 safetensors).
         state_every: steps between resumable states.
         log_every: steps between evaluations.
     """
 
     folder: Path
+    recipe: str = ""
     checkpoints: tuple[int, ...] = ()
     state_every: int = 100
     log_every: int = 100
@@ -81,6 +84,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite; the last state is kept.
+        ValueError: the state in the folder was trained by another schedule or recipe.
     """
     (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
@@ -88,8 +92,11 @@ def train(
     )
     state_path = run.folder / "state.pt"
     start, seconds, recent = 0, 0.0, []
+    recipe = f"{schedule}\n{run.recipe}"
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
+        if state["recipe"] != recipe:
+            raise ValueError(f"{state_path} was trained by another recipe; remove {run.folder} to start anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds, run.history = state["step"], state["seconds"], state["history"]
@@ -137,6 +144,7 @@ def train(
                 state_path,
                 {
                     "step": done,
+                    "recipe": recipe,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "history": run.history,
