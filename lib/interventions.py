@@ -31,23 +31,16 @@ class Condition:
     Attributes:
         name: what the set is, such as "induction".
         heads: (layer, head) pairs.
-        k: how many were asked for; a layer-matched control may hold fewer.
         draw: number of the random draw.
     """
 
     name: str
     heads: frozenset[Head]
-    k: int
     draw: int
 
-    def __init__(self, name: str, heads: Iterable[Head] = (), k: int | None = None, draw: int = 0):
+    def __init__(self, name: str, heads: Iterable[Head] = (), draw: int = 0):
         heads = frozenset((int(layer), int(head)) for layer, head in heads)
-        for field, value in {
-            "name": name,
-            "heads": heads,
-            "k": len(heads) if k is None else k,
-            "draw": draw,
-        }.items():
+        for field, value in {"name": name, "heads": heads, "draw": draw}.items():
             object.__setattr__(self, field, value)
 
 
@@ -72,7 +65,7 @@ class Sweep:
 
     def find(self, name: str, k: int | None = None) -> list[int]:
         """Indices of the conditions of a name, with k heads or with any number."""
-        return [i for i, c in enumerate(self.conditions) if c.name == name and k in (None, c.k)]
+        return [i for i, c in enumerate(self.conditions) if c.name == name and k in (None, len(c.heads))]
 
     def select(self, conditions: Sequence[int]) -> Sweep:
         """The sweep of these conditions alone, by index."""
@@ -154,8 +147,9 @@ def ablation_conditions(
     """Baseline, the top k heads of each list, and random controls of the same size.
 
     Controls are drawn outside the top max(k) of every list. "random" draws from the whole model;
-    "random like NAME" draws as many heads in every layer as the list NAME has there, or what is left of
-    the layer. Within a draw the sets of the plain control are nested, as those of the lists are.
+    "random like NAME" draws as many heads in every layer as the list NAME has there, and is missing for
+    sizes at which a layer has too few left. Within a draw the sets of the plain control are nested, as
+    those of the lists are.
 
     Args:
         ranked: heads by falling score, by name of the list.
@@ -182,17 +176,18 @@ def ablation_conditions(
             f"{' and '.join(ranked)}; {len(pool)} are left: lower k_values"
         )
     conditions = [Condition("baseline")]
-    conditions += [Condition(name, heads[:k], k) for name, heads in ranked.items() for k in k_values]
+    conditions += [Condition(name, heads[:k]) for name, heads in ranked.items() for k in k_values]
     for draw in range(n_draws):
         order = [pool[i] for i in np.random.default_rng([seed, draw]).permutation(len(pool))]
-        conditions += [Condition("random", order[:k], k, draw) for k in k_values]
+        conditions += [Condition("random", order[:k], draw) for k in k_values]
         for name, heads in ranked.items():
             for k in k_values:
                 layers = [layer for layer, _ in heads[:k]]
                 matched = [
                     head for layer in set(layers) for head in _of_layer(order, layer)[: layers.count(layer)]
                 ]
-                conditions.append(Condition(f"random like {name}", matched, k, draw))
+                if len(matched) == k:
+                    conditions.append(Condition(f"random like {name}", matched, draw))
     return conditions
 
 

@@ -150,11 +150,15 @@ def draw_bands(
 ) -> Axes:
     """Several lines with bands: label -> (middle, low, high), labelled at their right ends without overlap.
 
-    Set the limits of the y axis first: the labels are spread over it.
+    Points that were not measured are NaN; a line with fewer than two others is left out. Set the limits of the y axis
+    first: the labels are spread over it.
     """
-    for (middle, low, high), colour in zip(bands.values(), colours, strict=True):
-        draw_band(ax, x, middle, low, high, colour=colour, marker=marker)
-    ends = {name: (band[0][-1], colour) for (name, band), colour in zip(bands.items(), colours, strict=True)}
+    ends = {}
+    for (name, (middle, low, high)), colour in zip(bands.items(), colours, strict=True):
+        seen = np.isfinite(middle)
+        if seen.sum() > 1:
+            draw_band(ax, x[seen], middle[seen], low[seen], high[seen], colour=colour, marker=marker)
+            ends[name] = (middle[seen][-1], colour)
     return label_ends(ax, x[-1], ends)
 
 

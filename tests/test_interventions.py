@@ -183,24 +183,30 @@ RANKED = {"a": [(0, 0), (0, 1), (2, 3), (1, 2)], "b": [(2, 3), (2, 0), (0, 0), (
 
 def test_controls_are_disjoint_sized_and_matched():
     conditions = ablation_conditions(RANKED, [1, 2, 3], n_draws=4, n_layers=3, n_heads=4, seed=1)
-    assert conditions[0] == Condition("baseline") and len(conditions) == 1 + 2 * 3 + 4 * 3 * 3
+    assert conditions[0] == Condition("baseline")
     listed = {head for heads in RANKED.values() for head in heads[:3]}
-    for condition in conditions[1:]:
-        if condition.name in RANKED:
-            assert condition.heads == set(RANKED[condition.name][: condition.k])
-            continue
-        assert not condition.heads & listed
-        if condition.name == "random":
-            assert len(condition.heads) == condition.k
-        else:
-            target = RANKED[condition.name.removeprefix("random like ")][: condition.k]
-            for layer in range(3):
-                wanted = sum(head[0] == layer for head in target)
-                left = 4 - sum(head[0] == layer for head in listed)
-                assert sum(head[0] == layer for head in condition.heads) == min(wanted, left)
-    draws = {condition.heads for condition in conditions if condition.name == "random" and condition.k == 3}
-    assert len(draws) > 1
+    left = [4 - sum(head[0] == layer for head in listed) for layer in range(3)]
+    for name, heads in RANKED.items():
+        assert [c.heads for c in conditions if c.name == name] == [set(heads[:k]) for k in (1, 2, 3)]
+        for k in (1, 2, 3):
+            wanted = [sum(head[0] == layer for head in heads[:k]) for layer in range(3)]
+            matched = [c for c in conditions if c.name == f"random like {name}" and len(c.heads) == k]
+            possible = all(a <= b for a, b in zip(wanted, left, strict=True))
+            assert len(matched) == 4 * possible
+            for control in matched:
+                assert [sum(head[0] == layer for head in control.heads) for layer in range(3)] == wanted
+    for condition in conditions:
+        assert condition.name in RANKED or not condition.heads & listed
+    draws = [c.heads for c in conditions if c.name == "random"]
+    assert sorted(map(len, draws)) == sorted([1, 2, 3] * 4) and len(set(draws)) > 3
     assert conditions == ablation_conditions(RANKED, [1, 2, 3], n_draws=4, n_layers=3, n_heads=4, seed=1)
+
+
+def test_matched_control_is_missing_where_a_layer_has_too_few_heads_left():
+    ranked = {"a": [(0, 0), (0, 1), (0, 2), (0, 3)], "b": [(1, 0), (2, 0), (1, 1), (2, 1)]}
+    conditions = ablation_conditions(ranked, [1, 4], n_draws=2, n_layers=3, n_heads=4)
+    assert not [c for c in conditions if c.name == "random like a"]
+    assert len([c for c in conditions if c.name == "random like b"]) == 4
 
 
 def test_k_beyond_the_heads_is_named():

@@ -59,9 +59,11 @@ PHASES = (
     Phase(1300, 256, 16, blocks=5, repeats=0.25, chains=0.7, trigrams=0.05),
     Phase(500, 256, 16, blocks=5, repeats=0.1, chains=0.9, trigrams=0.0),
     Phase(500, 512, 8, blocks=5, repeats=0.1, chains=0.9, trigrams=0.0),
+    Phase(1000, 512, 8, blocks=5, repeats=0.1, chains=0.9, trigrams=0.0),
 )
+SCHEDULE = Schedule(cycles=((3500, 2e-3), (1000, 1e-3)))  # together as many steps as the phases
 STEPS = sum(phase.steps for phase in PHASES)
-CHECKPOINTS = (0, 200, 300, 400, 500, 600, 800, 1200, 1600, 2400, STEPS)
+CHECKPOINTS = (0, 200, 300, 400, 500, 600, 800, 1200, 1600, 2400, 3500, STEPS)
 
 
 def words() -> list[str]:
@@ -174,7 +176,7 @@ def train_seed(seed: int, scratch: Path) -> Path:
     folder = scratch / f"induction-{seed}"
     run = Run(folder, recipe=repr(PHASES), checkpoints=CHECKPOINTS)
     model = build_model(seed)
-    train(model, Stream(seed).loss, Schedule(steps=STEPS), run, Evaluation())
+    train(model, Stream(seed).loss, SCHEDULE, run, Evaluation())
     model.save_pretrained(folder / "model")
     return folder
 
@@ -183,7 +185,7 @@ def publish(scratch: Path, seeds: tuple[int, ...] = SEEDS) -> str:
     """Ship trained seeds with checkpoints, logs, cards and manifests.
 
     `organism/induction` is the first seed that meets every gate as shipped (float16 weights), or the
-    first of all if none does; the other seeds are shipped beside it, without checkpoints, as
+    most accurate one if none does; the other seeds are shipped beside it, without checkpoints, as
     `organism/induction-seedN`.
 
     Returns:
@@ -191,7 +193,7 @@ def publish(scratch: Path, seeds: tuple[int, ...] = SEEDS) -> str:
     """
     measured = {seed: _measure_as_shipped(scratch / f"induction-{seed}") for seed in seeds}
     passing = [seed for seed in seeds if all(measured[seed][gate] >= GATES[gate] for gate in GATES)]
-    shipped = passing[0] if passing else seeds[0]
+    shipped = passing[0] if passing else max(seeds, key=lambda seed: measured[seed]["accuracy_last_quarter"])
     for name in ("induction", *(f"induction-seed{seed}" for seed in seeds)):
         shutil.rmtree(ORGANISMS / name, ignore_errors=True)  # earlier ones, which may be of other seeds
     for seed in seeds:
@@ -266,7 +268,7 @@ def _card(name: str, seed: int, shipped: int, measured: dict[int, dict]) -> str:
         if m[gate] < GATES[gate]
     ]
     passes = all(measured[shipped][gate] >= GATES[gate] for gate in GATES)
-    choice = "the first that meets every gate" if passes else "the first of all, because none meets every gate"
+    choice = "the first that meets every gate" if passes else "the most accurate, as none meets every gate"
     return f"""# organism/{name}
 
 A Llama of 5 layers, 8 heads, d_model 256 ({
@@ -290,9 +292,10 @@ It was trained on at most {PHASES[-1].length} tokens; the row for 1000 tokens sa
 
 ## Training
 
-AdamW, rate 2e-3 with a cosine tail over the second half, weight decay .01, gradient clipped at 1, one
-thread. The batch of a step depends on (seed, step) alone; an interrupted run continues and ends with the same
-weights. Blocks beyond those that train are the identity until they join.
+AdamW, rate 2e-3 with a cosine tail over the second half of the first 3500 steps, then 1e-3 with such a tail
+for 1000 more; weight decay .01, gradient clipped at 1, one thread. The batch of a step depends on
+(seed, step) alone; an interrupted run continues and ends with the same weights. Blocks beyond those that
+train are the identity until they join.
 
 | phase | steps | row length | rows | blocks | repeats | chains | trigrams |
 |---|---|---|---|---|---|---|---|
@@ -315,6 +318,9 @@ Pilots with seed 0, none of them shipped:
   lower: previous-token heads in block 0 stayed diffuse (score .1 to .3), or formed in block 1 and were lost
   again when copying began. Stopped after 500 to 600 steps.
 * Rows of 64 tokens alone: accuracy on 400-token walks falls apart past the training length.
+* The first cycle of 3500 steps alone, for all three seeds: heads above their gates, accuracy .7 to .8 and
+  rising. What was missing was confidence (halving the temperature of the softmax at 2000 steps gave .89): a
+  quarter of the mass went to words that were not in the walk. Hence the second cycle.
 
 ## Limits
 

@@ -22,10 +22,13 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with linear warm-up, a constant rate, and a cosine tail to `final` of it."""
+    """AdamW in cycles, each with a linear warm-up, a constant rate, and a cosine tail to `final` of it.
 
-    steps: int
-    rate: float = 2e-3
+    Attributes:
+        cycles: (steps, rate) of each cycle; the optimiser's moments go on from one to the next.
+    """
+
+    cycles: tuple[tuple[int, float], ...]
     warmup: int = 50
     decay_from: float = 0.5
     final: float = 0.05
@@ -33,10 +36,18 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
 
+    @property
+    def steps(self) -> int:
+        return sum(steps for steps, _ in self.cycles)
+
     def rate_at(self, step: int) -> float:
-        progress = (step / self.steps - self.decay_from) / (1 - self.decay_from)
+        for steps, rate in self.cycles:  # noqa: B007 (used after the loop)
+            if step < steps:
+                break
+            step -= steps
+        progress = (step / steps - self.decay_from) / (1 - self.decay_from)
         cosine = 0.5 * (1 + torch.cos(torch.tensor(max(0.0, progress)) * torch.pi).item())
-        return self.rate * min(1.0, (step + 1) / self.warmup) * (self.final + (1 - self.final) * cosine)
+        return rate * min(1.0, (step + 1) / self.warmup) * (self.final + (1 - self.final) * cosine)
 
 
 @dataclass
@@ -88,7 +99,7 @@ def train(
     """
     (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.rate, betas=schedule.betas, weight_decay=schedule.weight_decay
+        model.parameters(), betas=schedule.betas, weight_decay=schedule.weight_decay
     )
     state_path = run.folder / "state.pt"
     start, seconds, recent = 0, 0.0, []
