@@ -121,7 +121,7 @@ def _task(case: str, folder: Path):
         ranked, settings["k_values"], settings["n_draws"], n_layers=sizes.n_layers, n_heads=sizes.n_heads
     )
     conditions = [
-        c for c in conditions if not c.name.startswith("random") or (c.name == "random" and c.k == 8)
+        c for c in conditions if not c.name.startswith("random") or (c.name == "random" and len(c.heads) == 8)
     ]
     ids = torch.from_numpy(np.pad(np.array(word_ids)[walks], ((0, 0), (1, 0))))
     return model, ids, walks, graph, word_ids, conditions

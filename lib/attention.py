@@ -134,8 +134,12 @@ def second_copy_loss(
 
 
 def top_heads(scores: np.ndarray, k: int | None = None) -> list[tuple[int, int]]:
-    """(layer, head) pairs by falling score; ties by layer, then head."""
-    order = np.argsort(-scores, axis=None, kind="stable")[:k]
+    """(layer, head) pairs by falling score.
+
+    Scores that agree to three decimals are ties, ordered by layer, then head: ranks do not hang on the last
+    bits, which differ between machines.
+    """
+    order = np.argsort(-np.round(scores, 3), axis=None, kind="stable")[:k]
     return [(int(i // scores.shape[1]), int(i % scores.shape[1])) for i in order]
 
 
@@ -143,7 +147,7 @@ def _offset_sums(attention: torch.Tensor | None, n_prefix: int) -> torch.Tensor:
     """Sum of the attention over batch and positions, by offset [head, offset]."""
     if attention is None:
         raise RuntimeError("this model returned no attention probabilities: load it with eager attention")
-    map_sum = attention[:, :, n_prefix:, n_prefix:].double().sum(0)  # [head, query, key]
+    map_sum = attention[:, :, n_prefix:, n_prefix:].float().sum(0)  # [head, query, key]
     length = map_sum.shape[-1]
     query = torch.arange(length, device=map_sum.device)
     offset = query[:, None] - query[None]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy.optimize
 import scipy.spatial
 
 from lib.walks import Graph
@@ -335,7 +336,8 @@ def fit_mixing(points: np.ndarray, graph: Graph) -> MixingFit:
     centred = [centring @ term[np.ix_(present, present)] @ centring for term in terms]
     basis = np.stack([term.ravel() for term in centred], axis=1)
     target = (centring @ points[present] @ points[present].T @ centring).ravel()
-    weights, *_ = np.linalg.lstsq(basis, target, rcond=None)
+    # Of the three, s^2 and f are squares.
+    weights = scipy.optimize.lsq_linear(basis, target, bounds=([0, -np.inf, 0], np.inf)).x
     left = ((target - basis @ weights) ** 2).sum() / (target**2).sum()
     gram = sum(weight * term for weight, term in zip(weights, terms, strict=True))
     return MixingFit(*map(float, weights), float(1 - left), predicted_energy(gram, graph, k=2))

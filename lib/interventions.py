@@ -125,7 +125,7 @@ def mean_head_outputs(
             sums = [
                 block.self_attn.o_proj.input[:, n_prefix:]
                 .unflatten(-1, (sizes.n_heads, -1))
-                .double()
+                .float()
                 .sum((0, 1))
                 for block in model.layers
             ]
@@ -323,7 +323,8 @@ def ablation_sweep(
 
     probabilities = np.empty((len(unique), *labels.shape, len(word_ids)), dtype=np.float32)
     sums = np.empty((len(unique), len(ids), n_classes, sizes.d_model), dtype=np.float32)
-    for sequences in _chunks(range(len(ids)), rows_per_batch):
+    # Few sequences at a time, because the streams that other rows start from are kept for all of them.
+    for sequences in _chunks(range(len(ids)), min(rows_per_batch, 16)):
         batches = plan.batches(sequences, rows_per_batch)
         reader.begin(batches)
         for batch in batches:
@@ -357,7 +358,8 @@ def auto_batch_size(model: TransformersModel, length: int) -> int:
     budget = 2**23
     if parameter.device.type == "cuda":
         budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
-    return max(1, budget // row_bytes)
+    # Powers of two: free memory that varies a little does not make other batches, which no cache holds.
+    return 1 << min(6, max(1, budget // row_bytes).bit_length() - 1)
 
 
 def check_length(model: TransformersModel, length: int) -> None:

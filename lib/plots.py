@@ -150,8 +150,8 @@ def draw_bands(
 ) -> Axes:
     """Several lines with bands: label -> (middle, low, high), labelled at their right ends without overlap.
 
-    Points that were not measured are NaN; a line with fewer than two others is left out. Set the limits of the y axis
-    first: the labels are spread over it.
+    Points that were not measured are NaN; a line with fewer than two others is left out. Set the limits of
+    the y axis first: the labels are spread over it.
     """
     ends = {}
     for (name, (middle, low, high)), colour in zip(bands.items(), colours, strict=True):

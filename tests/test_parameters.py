@@ -59,7 +59,7 @@ def test_float_reads_what_yaml_leaves_a_string():
         ({"seq_len": 300.7}, "seq_len: got 300.7; a whole number is needed"),
         ({"seq_len": True}, "seq_len: got True; a number is needed"),
         ({"seq_len": None}, "seq_len: got None; a whole number is needed"),
-        ({"n_walks": 0}, "n_walks: got 0; at least 2 is needed"),
+        ({"n_walks": 0}, "n_walks: got 0; at least 4 is needed"),
         ({"k_values": 4}, "k_values: got 4; a list is needed, as in -p k_values '[1, 2]'"),
         ({"k_values": [1, 0]}, "k_values[1]: got 0; at least 1 is needed"),
         ({"k_values": "[1, 2.5]"}, "k_values[1]: got 2.5; a whole number is needed"),
@@ -67,7 +67,7 @@ def test_float_reads_what_yaml_leaves_a_string():
         ({"remote": "perhaps"}, "remote: got 'perhaps'; true or false is needed"),
         ({"remote": "true"}, "remote: the traces of this study do not run on NDIF so far; leave it false"),
         ({"ablation": "median"}, "ablation: got 'median'; allowed: 'zero' or 'mean'"),
-        ({"window": 400}, "window: 400 tokens do not fit before the end of seq_len = 400"),
+        ({"window": 400}, "window: 400 tokens of seq_len = 400; at most 320 leave a start"),
         ({"words": ["apple"] * 16}, "words: each may stand once; repeated: apple"),
         (
             {"edges": ["apple-bird"]},
