@@ -1,8 +1,10 @@
-"""Intervals and tests: paired bootstrap over the units that were sampled (walks, prompts)."""
+"""Intervals and tests: paired bootstrap over the units that were sampled (walks, prompts), rates, several
+tests at once, agreement of two judges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -93,3 +95,131 @@ def bootstrap_band(
     tail = (1 - level) / 2
     low, high = np.quantile(weights @ values, [tail, 1 - tail], axis=0)
     return Band(values.mean(axis=0), low, high)
+
+
+def paired_difference(
+    a: np.ndarray, b: np.ndarray, *, n_resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Estimate:
+    """Mean of a - b, values [unit] of the same units, with its paired bootstrap interval over units."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"paired values must be [unit] and [unit], not {a.shape} and {b.shape}")
+    return bootstrap_mean(a - b, n_resamples=n_resamples, level=level, seed=seed)
+
+
+def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
+    """A rate, successes of n independent trials, with Wilson's score interval: right near 0 and 1 too."""
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"{successes} successes of {n} trials is no rate")
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    rate = successes / n
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (rate * (1 - rate) + z2 / (4 * n)) / n) / (1 + z2 / n)
+    # Exactly 0 or 1 where the formula's two terms cancel up to rounding.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return Estimate(rate, float(low), float(high))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p-values [test]; calling those below alpha keeps any false alarm at alpha or rarer."""
+    p = np.asarray(p_values, dtype=float)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():  # NaN is neither
+        raise ValueError(f"p-values must be [test] within 0 and 1, not {p}")
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1)
+    return adjusted
+
+
+class Agreement(NamedTuple):
+    """How far two judges agree on the same units."""
+
+    table: np.ndarray  # int [label of a, label of b]
+    observed: Estimate  # share of units with the same label
+    kappa: Estimate
+    ac1: Estimate
+
+
+def confusion(a: Sequence[Hashable], b: Sequence[Hashable], labels: Sequence[Hashable]) -> np.ndarray:
+    """Counts int [label of a, label of b] over units.
+
+    Raises:
+        ValueError: a label that is not among `labels` (leave invalid verdicts out first), or different
+            lengths.
+    """
+    cells = _cells(a, b, labels)
+    return np.bincount(cells, minlength=len(labels) ** 2).reshape(len(labels), len(labels))
+
+
+def cohen_kappa(table: np.ndarray) -> float:
+    """Cohen's kappa of a confusion table: agreement beyond that of independent judges with these margins.
+
+    It falls to zero when nearly all units have one label, however well the judges agree: report `gwet_ac1`
+    beside it. NaN when both judges give all units the same label, or there are no units.
+    """
+    share = _shares(table)
+    return _beyond_chance(np.trace(share), share.sum(axis=0) @ share.sum(axis=1))
+
+
+def gwet_ac1(table: np.ndarray) -> float:
+    """Gwet's AC1 of a confusion table: chance agreement is taken from the units that are hard to label.
+
+    NaN without units.
+    """
+    share = _shares(table)
+    margin = (share.sum(axis=0) + share.sum(axis=1)) / 2
+    return _beyond_chance(np.trace(share), (margin * (1 - margin)).sum() / (len(margin) - 1))
+
+
+def agreement(
+    a: Sequence[Hashable],
+    b: Sequence[Hashable],
+    labels: Sequence[Hashable],
+    *,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Agreement:
+    """Confusion table, observed agreement, kappa and AC1, with bootstrap intervals over units.
+
+    Where kappa is not defined (see `cohen_kappa`) its estimate is NaN.
+    """
+    cells, n = _cells(a, b, labels), len(labels)
+    if not len(cells):
+        raise ValueError("there is no unit to agree on")
+
+    def measures(rows: np.ndarray) -> np.ndarray:
+        table = np.bincount(cells[rows], minlength=n**2).reshape(n, n)
+        return np.array([np.trace(table) / table.sum(), cohen_kappa(table), gwet_ac1(table)])
+
+    table = confusion(a, b, labels)
+    if np.isnan(cohen_kappa(table)):  # so is that of every resample: all units lie in one cell
+        nan = Estimate(np.nan, np.nan, np.nan)
+        return Agreement(table, Estimate(1.0, 1.0, 1.0), nan, Estimate(1.0, 1.0, 1.0))
+    curves = bootstrap(measures, len(cells), n_resamples=n_resamples, level=level, seed=seed)
+    return Agreement(table, *(Estimate(*map(float, measure)) for measure in zip(*curves, strict=True)))
+
+
+def _cells(a: Sequence[Hashable], b: Sequence[Hashable], labels: Sequence[Hashable]) -> np.ndarray:
+    """Cell of the flattened confusion table that each unit lies in."""
+    index = {label: i for i, label in enumerate(labels)}
+    if len(index) < len(labels) or len(index) < 2:
+        raise ValueError(f"at least two different labels are needed, not {list(labels)}")
+    if len(a) != len(b):
+        raise ValueError(f"two judges of the same units are needed, not of {len(a)} and {len(b)}")
+    if unknown := {*a, *b} - set(index):
+        raise ValueError(f"not among the labels {list(labels)}: {sorted(map(str, unknown))}")
+    return np.array([index[x] * len(index) + index[y] for x, y in zip(a, b, strict=True)], dtype=int)
+
+
+def _shares(table: np.ndarray) -> np.ndarray:
+    table = np.asarray(table, dtype=float)
+    if table.ndim != 2 or table.shape[0] != table.shape[1] or len(table) < 2 or (table < 0).any():
+        raise ValueError(f"a confusion table is [label, label] of counts, not {table.tolist()}")
+    return table / table.sum() if table.any() else np.full_like(table, np.nan)
+
+
+def _beyond_chance(observed: float, expected: float) -> float:
+    return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")

@@ -43,8 +43,8 @@ def test_lists_are_aligned_whatever_the_order_of_the_rows(write):
     rows = rows[::-1] + [dict(row, pair="late", text=row["text"] + " now") for row in rows[:2]]
     prompts = load_prompts(write(rows))
     assert prompts.harmful("extraction") == [
-        "Explain how to harm person 01", "Explain how to harm person 00", "Explain how to harm person 00 now"
-    ]
+        "Explain how to harm person 01", "Explain how to harm person 00", "Explain how to harm person 00 now",
+    ]  # fmt: skip
     assert prompts.safe("extraction") == [t.replace("harm", "help") for t in prompts.harmful("extraction")]
     assert prompts.categories("extraction") == ["fraud", "privacy", "privacy"]
     assert prompts.harmless("test") == ["Describe the number 2"]
@@ -78,16 +78,19 @@ BAD = {
     "missing label": (without("label", 4), "line 5: label: missing"),
     "blank text": (with_(text="  "), "line 1: text: '  '; a text that is not empty"),
     "text that is a number": (with_(text=3), "line 1: text: 3; a text"),
-    "unknown label": (with_(label="Harmful"), "line 1: label: 'Harmful' is unknown; use one of harmful, safe"),
+    "unknown label": (with_(label="Harm"), "line 1: label: 'Harm' is unknown; use one of harmful, safe"),
     "unknown split": (with_(4, split="train"), "line 5: split: 'train' is unknown; use one of extraction"),
     "harmless row with a pair": (with_(4, pair="x"), "line 5: pair: a harmless row has none"),
     "half a pair": (lambda rows: rows.pop(1), "line 1: pair: 'privacy0' has no harmful row; add it"),
     "the other half": (lambda rows: rows.pop(0), "line 1: pair: 'privacy0' has no safe row; add it"),
-    "third row of a pair": (with_(3, pair="privacy0"), "line 4: pair: 'privacy0' has a harmful row already, in "
-                            ".*line 2; give each pair"),
-    "pair over two splits": (with_(1, split="test"), "line 1: split: 'extraction', but its harmful row has 'test'"),
-    "pair of two categories": (with_(1, category="theft"), "category: 'privacy', but its harmful row has 'theft'"),
-    "text twice": (with_(9, text="explain how to HELP person 00."), "line 10: text: stands already in .*line 1;"),
+    "third row of a pair": (with_(3, pair="privacy0"), "line 4: pair: 'privacy0' has a harmful row "
+                            "already, in .*line 2; give each pair"),
+    "pair over two splits": (with_(1, split="test"),
+                             "line 1: split: 'extraction', but its harmful row has 'test'"),
+    "pair of two categories": (with_(1, category="theft"),
+                               "category: 'privacy', but its harmful row has 'theft'"),
+    "text twice": (with_(9, text="explain how to HELP person 00."),
+                   "line 10: text: stands already in .*line 1;"),
     "split without harmless rows": (lambda rows: rows.pop(9), "split: selection has no harmless row"),
     "split without pairs": (lambda rows: rows.__delitem__(slice(10, 14)), "split: test has no harmful row"),
     "empty file": (list.clear, "prompts.jsonl: holds no prompt"),
@@ -209,7 +212,8 @@ def test_generated_pairs_join_those_that_are_there(write, writer, tmp_path):
     assert load_prompts(out) == written
     added = [row for row in written.rows if row.get("category") == "toys"]
     assert [(a["text"], b["text"]) for a, b in zip(added[::2], added[1::2], strict=True)] == GOOD[:5]
-    assert [row["split"] for row in added[::2]] == ["extraction", "extraction", "selection", "test", "extraction"]
+    splits = ["extraction", "extraction", "selection", "test", "extraction"]
+    assert [row["split"] for row in added[::2]] == splits
     assert [row["pair"] for row in added[::2]] == [f"toys-{i:03d}" for i in range(2, 7)]
     asked = [json.loads(body["messages"][-1]["content"]) for body in server.requests]
     assert [task["pairs"] for task in asked] == [5, 2]
