@@ -42,7 +42,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(induction, "LlamaConfig", lambda **options: LlamaConfig(**options | SIZES))
     monkeypatch.setattr(induction, "PHASES", SMALL_PHASES)
     monkeypatch.setattr(induction, "STEPS", STEPS)
-    monkeypatch.setattr(induction, "SCHEDULE", Schedule(cycles=((STEPS, 2e-3),)))
+    monkeypatch.setattr(induction, "SCHEDULE", Schedule(steps=STEPS, rate=2e-3))
     monkeypatch.setattr(induction, "CHECKPOINTS", CHECKPOINTS)
 
 
@@ -222,7 +222,7 @@ def identities(model: torch.nn.Module) -> list[bool]:
 def test_block_that_has_not_joined_stays_as_it_was(small, monkeypatch, tmp_path):
     fresh = induction.build_model(0)
     for steps, waits in ((JOINS, True), (JOINS + 1, False)):
-        monkeypatch.setattr(induction, "SCHEDULE", Schedule(cycles=((steps, 2e-3),)))
+        monkeypatch.setattr(induction, "SCHEDULE", Schedule(steps=steps, rate=2e-3))
         folder = induction.train_seed(0, tmp_path / str(steps))
         model = LlamaForCausalLM.from_pretrained(folder / "model")
         same = [
@@ -319,21 +319,18 @@ def test_loss_that_is_not_finite_stops_with_its_step(tmp_path, value):
 
     run = Run(tmp_path, state_every=2)
     with pytest.raises(FloatingPointError, match=f"loss {value} at step 5; last state in {tmp_path}"):
-        train(model, loss_at, Schedule(cycles=((8, 2e-3),)), run, lambda _: {})
+        train(model, loss_at, Schedule(steps=8, rate=2e-3), run, lambda _: {})
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["step"] == 4 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 def test_rate_warms_up_stays_and_falls():
-    schedule = Schedule(cycles=((1000, 1e-3), (200, 5e-4)), warmup=50, decay_from=0.5, final=0.05)
-    assert schedule.rate_at(0) == pytest.approx(1e-3 / 50)
+    schedule = Schedule(steps=1000, rate=1e-3, warmup=50, decay_from=0.5, final=0.05)
+    assert [schedule.rate_at(step) for step in (0, 24)] == pytest.approx([1e-3 / 50, 1e-3 / 2])
     assert [schedule.rate_at(step) for step in (49, 300, 500)] == pytest.approx([1e-3] * 3)
     assert schedule.rate_at(750) == pytest.approx(1e-3 * (0.05 + 0.95 / 2))
     assert schedule.rate_at(999) == pytest.approx(1e-3 * 0.05, rel=1e-3)
-    assert [schedule.rate_at(step) for step in (1000, 1049, 1199)] == pytest.approx(
-        [5e-4 / 50, 5e-4, 5e-4 * 0.05], rel=1e-2
-    )
-    assert schedule.steps == 1200 and SCHEDULE.steps == sum(phase.steps for phase in PHASES)
+    assert SCHEDULE.steps == sum(phase.steps for phase in PHASES)
 
 
 # Shipping
@@ -418,11 +415,14 @@ def pretend(monkeypatch, scratch: Path, measured: dict[Path, dict], passed: tupl
 
 
 def test_shipment_loads_with_checkpoints_logs_and_cards(shipping):
-    scratch, _ = shipping
+    scratch, measured = shipping
     table = induction.publish(scratch)
     # As nobody passed, the most accurate is shipped, and the card says who missed what.
-    assert models.organisms() == [f"organism/induction{suffix}" for suffix in ("", "-seed1", "-seed2")]
-    for seed, name in enumerate(models.organisms()):
+    accuracy = {s: measured[scratch / f"induction-{s}"]["accuracy_last_quarter"] for s in induction.SEEDS}
+    shipped = max(accuracy, key=accuracy.get)
+    others = [seed for seed in induction.SEEDS if seed != shipped]
+    assert models.organisms() == ["organism/induction", *(f"organism/induction-seed{s}" for s in others)]
+    for seed, name in zip([shipped, *others], models.organisms(), strict=True):
         folder, trained = models.ORGANISMS / name.removeprefix("organism/"), scratch / f"induction-{seed}"
         model, card = models.load(name), Card(name)
         expected = load_file(trained / "model" / "model.safetensors")
@@ -439,7 +439,7 @@ def test_shipment_loads_with_checkpoints_logs_and_cards(shipping):
             value = card.measured(gate)[seed]
             assert f"seed {seed} misses `{gate}` >= {GATES[gate]}: {value:.3f}" in card.text
     assert models.checkpoints("organism/induction") == list(CHECKPOINTS)
-    assert models.checkpoints("organism/induction-seed1") == []
+    assert all(models.checkpoints(f"organism/induction-seed{seed}") == [] for seed in others)
 
 
 def test_card_states_what_the_notebook_measures(shipping):
