@@ -19,7 +19,7 @@ from lib.statistics import (
     paired_difference,
     resamples,
     wilson,
-)  # fmt: skip
+)
 
 
 def test_interval_agrees_with_scipy():
