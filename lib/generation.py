@@ -1,0 +1,680 @@
+"""Greedy generation and next-token measures under ablation, with prompts and conditions in the batch.
+
+The unit of work is a batch of (condition, prompt) rows: every row carries its own subspace, strength,
+centre, layers and shift, so that a sweep is a few large forwards. Conditions that do the same run once,
+and the blocks below the first one that a batch touches read every prompt once.
+
+Prompts are left-padded under an attention mask with positions of their own: a row's answer does not depend
+on the rows beside it. `last_token_streams` also offers the ways of padding that are wrong, to measure them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from lib.interventions import _out_of_memory
+from lib.models import ModelError, TransformersModel, provenance, shape
+from lib.record import Cache
+
+SITES = ("block_input", "attention", "mlp")
+PADDINGS = ("left", "right", "left-unmasked", "none")
+
+Tokens = Sequence[int]
+Measure = Callable[[list[Tokens], list["Ablation"]], np.ndarray]  # of one prompt and one condition a row
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """One condition: a subspace taken out of the residual stream, x -> x - strength * P (x - center).
+
+    Attributes:
+        name: what the subspace is.
+        basis: orthonormal rows [k, d_model]; k = 0 leaves the model intact.
+        strength: 1 removes the projection, less weakens it, 2 reflects it.
+        center: what the projection becomes instead of zero [d_model]; None is zero.
+        sites: where, of "block_input", "attention" and "mlp" (what these add to the stream).
+        layers: at which blocks; None is all.
+        shift: (layer, vector [d_model]), added to that block's input at every token, after the removal there.
+
+    Raises:
+        ValueError: rows that are not orthonormal, an unknown site, or an endless number.
+    """
+
+    name: str
+    basis: torch.Tensor
+    strength: float = 1.0
+    center: torch.Tensor | None = None
+    sites: tuple[str, ...] = SITES
+    layers: range | None = None
+    shift: tuple[int, torch.Tensor] | None = None
+
+    def __post_init__(self):
+        if self.basis.ndim != 2:
+            raise ValueError(
+                f"condition {self.name!r}: basis must be [k, d_model], not {[*self.basis.shape]}"
+            )
+        rows = self.basis.double()
+        error = (rows @ rows.T - torch.eye(len(rows), dtype=torch.float64, device=rows.device)).abs()
+        if error.numel() and not error.max() < 1e-4:
+            raise ValueError(
+                f"condition {self.name!r}: the rows of basis are not orthonormal (off by {error.max():.1e}); "
+                "make them so with lib.refusal.stack"
+            )
+        unknown = set(self.sites) - set(SITES)
+        if unknown:
+            raise ValueError(
+                f"condition {self.name!r}: no site {min(unknown)!r}; sites are {', '.join(SITES)}"
+            )
+        if not np.isfinite(self.strength):
+            raise ValueError(f"condition {self.name!r}: strength {self.strength} is no number")
+
+    @property
+    def removes(self) -> bool:
+        """Whether any projection is removed."""
+        return bool(len(self.basis) and self.strength and self.sites and self.layers != range(0))
+
+
+def intact(model: TransformersModel) -> Ablation:
+    """The condition that changes nothing."""
+    return Ablation("intact", torch.zeros(0, shape(model).d_model))
+
+
+def remove_subspace(
+    stream: torch.Tensor,
+    basis: torch.Tensor,
+    strength: torch.Tensor | float = 1.0,
+    center: torch.Tensor | None = None,
+) -> None:
+    """Take a subspace out of activations, in place: x - strength * P (x - center). Works inside a trace.
+
+    Args:
+        stream: [row, token, d_model], such as `model.layers[i].input`.
+        basis: orthonormal rows [k, d_model], or those of each row of the batch [row, k, d_model], where rows
+            of zeros fill up smaller subspaces.
+        strength: a number, or one a row [row, 1, 1].
+        center: [d_model], or one a row [row, 1, d_model]; None is zero.
+    """
+    # In the basis' float32: in half precision the coordinates would be rounded before they are subtracted.
+    centred = stream.to(basis.dtype) if center is None else stream - center
+    coordinates = centred @ basis.mT  # [row, token, k]
+    stream -= (strength * coordinates) @ basis
+
+
+def chat_ids(model: TransformersModel, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text as a user's message, up to where the model's answer begins.
+
+    Raises:
+        ModelError: a tokenizer without chat template or pad token.
+    """
+    tokenizer = model.tokenizer
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "this tokenizer has no chat template; take an instruction-tuned model, or set "
+            "model.tokenizer.chat_template"
+        )
+    _pad_id(model)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=False,
+            # Qwen3 answers at once; templates without this switch ignore it.
+            enable_thinking=False,
+        )
+        for text in texts
+    ]
+
+
+def generate(
+    model: TransformersModel,
+    prompts: Sequence[Tokens],
+    conditions: Sequence[Ablation],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 0,
+    cache: Cache | None = None,
+) -> list[list[list[int]]]:
+    """Greedy answers to every prompt under every condition.
+
+    Args:
+        model: from `lib.models.load`.
+        prompts: token ids, of any lengths, such as from `chat_ids`.
+        conditions: any number, however different.
+        max_new_tokens: where an answer is cut at the latest.
+        batch_size: (condition, prompt) rows a forward; 0 chooses by memory. Halved when memory runs out.
+        cache: keeps every finished batch, so that an interrupted sweep goes on where it was.
+
+    Returns:
+        [condition][prompt] new token ids, without the end token and what follows.
+
+    Raises:
+        ValueError: a prompt without tokens or longer than the model's positions, a layer that the model
+            lacks, or a basis of another width, naming it.
+        ModelError: a tokenizer without pad token.
+    """
+    measure = partial(_answers, model, max_new_tokens, end_tokens(model))
+    tokens = _over_rows(
+        model, prompts, conditions, measure,
+        name="generate", key={"end": sorted(end_tokens(model))}, new_tokens=max_new_tokens,
+        batch_size=batch_size, cache=cache, by_prompt=False,
+    )  # fmt: skip
+    return [[[int(t) for t in answer if t >= 0] for answer in answers] for answers in tokens]
+
+
+def first_token_kl(
+    model: TransformersModel,
+    prompts: Sequence[Tokens],
+    conditions: Sequence[Ablation],
+    *,
+    batch_size: int = 0,
+    cache: Cache | None = None,
+) -> np.ndarray:
+    """How far each condition moves the first token of the answer: KL(intact || condition) in nats.
+
+    Arguments and errors as for `generate`.
+
+    Returns:
+        [condition, prompt], float32.
+    """
+    return _over_rows(
+        model, prompts, conditions, partial(_divergences, model),
+        name="first_token_kl", key={}, batch_size=batch_size, cache=cache, by_prompt=True,
+    )  # fmt: skip
+
+
+def refusal_scores(
+    model: TransformersModel,
+    prompts: Sequence[Tokens],
+    conditions: Sequence[Ablation],
+    token_ids: Sequence[int],
+    *,
+    batch_size: int = 0,
+    cache: Cache | None = None,
+) -> np.ndarray:
+    """Log-odds that the first token of the answer is one of a few, such as those that open a refusal.
+
+    Arguments and errors as for `generate`; `token_ids` are the few.
+
+    Returns:
+        [condition, prompt], float32: log p - log (1 - p) of their probability p.
+
+    Source: Arditi et al. (2024).
+    """
+    chosen = sorted({int(token) for token in token_ids})
+    if not chosen or not 0 <= chosen[0] <= chosen[-1] < shape(model).n_vocabulary:
+        raise ValueError(f"token_ids {chosen} must be one or more of {shape(model).n_vocabulary} tokens")
+    return _over_rows(
+        model, prompts, conditions, partial(_log_odds, model, chosen),
+        name="refusal_scores", key={"token_ids": chosen}, batch_size=batch_size, cache=cache, by_prompt=True,
+    )  # fmt: skip
+
+
+def last_token_streams(
+    model: TransformersModel, prompts: Sequence[Tokens], *, padding: str = "left", batch_size: int = 0
+) -> torch.Tensor:
+    """Residual stream of every layer at the last token of each prompt.
+
+    Args:
+        model: from `lib.models.load`.
+        prompts: token ids, of any lengths.
+        padding: "left" masks the padding and counts positions from the first token; "none" reads prompts one
+            by one. The other two are mistakes, to measure: "left-unmasked" lets tokens attend to the padding,
+            "right" pads after the prompt and reads the last column. They pad to the longest prompt of all.
+        batch_size: prompts a forward; 0 chooses by memory.
+
+    Returns:
+        [prompt, layer + 1, d_model], float32: at the inputs of the blocks and after the last one.
+
+    Raises:
+        ValueError, ModelError: as for `generate`; a padding that there is not.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding {padding!r} is not one of {', '.join(PADDINGS)}")
+    _check_prompts(model, prompts, 0)
+    longest = max(map(len, prompts))
+    size = 1 if padding == "none" else batch_size or auto_rows(model, longest)
+    # By length, so that little is padded; the wrong ways stay in one frame for all.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = torch.empty(len(prompts), shape(model).n_layers + 1, shape(model).d_model)
+
+    def read(rows: list[int]) -> np.ndarray:
+        inputs = _padded(model, [prompts[i] for i in rows])
+        if padding in ("right", "left-unmasked"):
+            inputs = _wrongly_padded(model, [prompts[i] for i in rows], longest, padding)
+        with torch.no_grad(), model.trace(**inputs, use_cache=False) as tracer:
+            streams = [block.input[:, -1] for block in model.layers]
+            streams.append(model.layers[-1].output[:, -1])
+            at_last = torch.stack(streams, dim=1).float().cpu().save()
+            tracer.stop()
+        return at_last.numpy()
+
+    for rows in _chunks(order, size):
+        found[rows] = torch.from_numpy(_halving(read, rows))
+    return found
+
+
+def end_tokens(model: TransformersModel) -> set[int]:
+    """Tokens at which an answer ends: those of the model's generation settings, and the tokenizer's."""
+    ends = model._module.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return ends | ({model.tokenizer.eos_token_id} - {None})
+
+
+def auto_rows(model: TransformersModel, length: int) -> int:
+    """Rows a forward that take up half of a GPU's free memory, or on a CPU 256 MB; 256 at most.
+
+    Counts the activations of one block at `length` tokens, and twice the key-value cache.
+    """
+    config, sizes = model._module.config, shape(model)
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    parameter = next(model._module.parameters())
+    kept = 4 * sizes.n_layers * sizes.n_key_value_heads * sizes.d_head
+    row_bytes = length * (8 * config.hidden_size + 4 * width + kept) * parameter.element_size()
+    budget = 2**28
+    if parameter.device.type == "cuda":
+        budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
+    # Powers of two: free memory that varies a little does not make other batches, which no cache holds.
+    return 1 << min(8, max(1, budget // row_bytes).bit_length() - 1)
+
+
+# -- what is measured of a batch: one prompt and one condition a row -------------------------------
+
+
+def _answers(
+    model: TransformersModel,
+    max_new_tokens: int,
+    end: set[int],
+    prompts: list[Tokens],
+    conditions: list[Ablation],
+) -> np.ndarray:
+    """Greedy answers [row, token], filled up with -1."""
+    tokens = np.full((len(prompts), max_new_tokens), -1)
+    rows = np.arange(len(prompts))  # those that are still in the batch
+    running = np.ones(len(prompts), dtype=bool)  # of them, those whose answer has not ended
+    logits, state = _prefill(model, prompts, conditions)
+    for step in range(max_new_tokens):
+        chosen = logits.argmax(-1)
+        written = chosen.cpu().numpy()
+        running &= ~np.isin(written, list(end))
+        tokens[rows[running], step] = written[running]
+        if step == max_new_tokens - 1 or not running.any():
+            break
+        # Dropping copies what stays, so it waits until a quarter has ended.
+        if running.sum() <= 0.75 * len(running):
+            left = torch.from_numpy(np.flatnonzero(running)).to(chosen.device)
+            state.keep(left)
+            chosen, rows, running = chosen[left], rows[running], running[running]
+        logits = state.step(chosen)
+    return tokens
+
+
+def _divergences(model: TransformersModel, prompts: list[Tokens], conditions: list[Ablation]) -> np.ndarray:
+    """KL(intact || condition) of the next token [row]."""
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    reference, _ = _prefill(model, distinct, [intact(model)] * len(distinct))
+    logits, _ = _prefill(model, prompts, conditions)
+    before = reference.log_softmax(-1)[_indices(prompts, distinct, reference.device)]
+    kl = (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
+    return kl.clamp_min(0).cpu().numpy()  # rounding alone makes it negative
+
+
+def _log_odds(
+    model: TransformersModel, token_ids: list[int], prompts: list[Tokens], conditions: list[Ablation]
+) -> np.ndarray:
+    """Log-odds that the next token is one of token_ids [row]."""
+    logits, _ = _prefill(model, prompts, conditions)
+    chosen = logits[:, token_ids].logsumexp(-1)
+    logits[:, token_ids] = -torch.inf
+    return (chosen - logits.logsumexp(-1)).cpu().numpy()
+
+
+# -- forwards --------------------------------------------------------------------------------------
+
+
+class _Edits:
+    """What is done to each row of a batch, by site and block.
+
+    Attributes:
+        first: the first block that any row touches.
+        removed: site -> {layer: arguments of `remove_subspace`}.
+        shifts: layer -> [row, 1, d_model].
+    """
+
+    def __init__(self, model: TransformersModel, conditions: list[Ablation]):
+        n_layers, device = shape(model).n_layers, model.device
+        distinct = list(dict.fromkeys(conditions))
+        number = {condition: i for i, condition in enumerate(distinct)}
+        row = torch.tensor([number[condition] for condition in conditions])
+        k = max(len(condition.basis) for condition in distinct)
+        basis = torch.stack(
+            [torch.nn.functional.pad(c.basis.float().cpu(), (0, 0, 0, k - len(c.basis))) for c in distinct]
+        )  # [condition, k, d_model]
+        zero = torch.zeros(basis.shape[-1])
+        center = torch.stack([zero if c.center is None else c.center.float().cpu() for c in distinct])
+        self._basis = basis[row].to(device)
+        self._center = center[row][:, None].to(device) if center.any() else None
+        # Blocks at which the same conditions are active share one tensor of strengths.
+        self._strengths: dict[tuple[bool, ...], torch.Tensor] = {}
+        self._active: dict[str, dict[int, tuple[bool, ...]]] = {site: {} for site in SITES}
+        for site in SITES:
+            for layer in range(n_layers):
+                active = tuple(
+                    c.removes and site in c.sites and (c.layers is None or layer in c.layers)
+                    for c in distinct
+                )
+                if any(active):
+                    self._active[site][layer] = active
+                    strength = torch.tensor([c.strength * on for c, on in zip(distinct, active, strict=True)])
+                    self._strengths[active] = strength[row][:, None, None].to(device)
+        self.shifts: dict[int, torch.Tensor] = {}
+        for layer in sorted({c.shift[0] for c in distinct if c.shift}):
+            vectors = [
+                c.shift[1].float().cpu() if c.shift and c.shift[0] == layer else zero for c in distinct
+            ]
+            self.shifts[layer] = torch.stack(vectors)[row][:, None].to(device)
+        self.first = min([n_layers, *self.shifts, *(layer for site in SITES for layer in self._active[site])])
+        self._arrange()
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Forget all but these rows."""
+        self._basis = self._basis[rows]
+        self._center = None if self._center is None else self._center[rows]
+        self._strengths = {active: strength[rows] for active, strength in self._strengths.items()}
+        self.shifts = {layer: shift[rows] for layer, shift in self.shifts.items()}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        self.removed = {
+            site: {
+                layer: (self._basis, self._strengths[active], self._center)
+                for layer, active in layers.items()
+            }
+            for site, layers in self._active.items()
+        }
+
+
+class _State:
+    """A batch in the middle of its answers.
+
+    Args:
+        cache: keys and values of what was read.
+        inputs: of the prefill; those of left-padded rows hold attention_mask and position_ids.
+    """
+
+    def __init__(self, model: TransformersModel, edits: _Edits, cache: DynamicCache, inputs: dict):
+        self.model, self.edits, self.cache = model, edits, cache
+        self.mask = inputs.get("attention_mask")
+        self.position = None if self.mask is None else inputs["position_ids"][:, -1:]
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read one more token a row [row]; logits of the next [row, vocabulary]."""
+        inputs = {"input_ids": tokens[:, None]}
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+            self.position = self.position + 1
+            inputs |= {"attention_mask": self.mask, "position_ids": self.position}
+        return _forward(self.model, inputs, self.edits, self.cache)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all but these rows."""
+        self.edits.keep(rows)
+        self.cache.batch_select_indices(rows)
+        if self.mask is not None:
+            self.mask, self.position = self.mask[rows], self.position[rows]
+
+
+def _prefill(
+    model: TransformersModel, prompts: list[Tokens], conditions: list[Ablation]
+) -> tuple[torch.Tensor, _State]:
+    """Read the prompts: logits of the next token [row, vocabulary], and the state to go on from."""
+    edits, inputs = _Edits(model, conditions), _padded(model, prompts)
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    if 0 < edits.first < shape(model).n_layers and len(distinct) < len(prompts):
+        # No row touches the blocks below: they read every prompt once.
+        lower, entry = _read_below(model, _padded(model, distinct), edits.first)
+        of_row = _indices(prompts, distinct, model.device)
+        lower.batch_select_indices(of_row)
+        cache = DynamicCache(config=model._module.config)
+        logits = _forward(model, inputs, edits, cache, edits.first, entry[of_row])
+        cache.layers[: edits.first] = lower.layers[: edits.first]
+    else:
+        cache = DynamicCache(config=model._module.config)
+        logits = _forward(model, inputs, edits, cache)
+    return logits, _State(model, edits, cache, inputs)
+
+
+def _forward(
+    model: TransformersModel,
+    inputs: dict[str, torch.Tensor],
+    edits: _Edits,
+    cache: DynamicCache,
+    first: int = 0,
+    entry: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of the next token [row, vocabulary] under the edits; block `first` reads `entry`."""
+    removed, options = edits.removed, {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    with torch.no_grad(), model.trace(**inputs, **options) as tracer:
+        for index, block in enumerate(model.layers):
+            if index < first:
+                block.skip(entry)
+                continue
+            if index in removed["block_input"]:
+                remove_subspace(block.input, *removed["block_input"][index])
+            if index in edits.shifts:
+                stream = block.input
+                stream += edits.shifts[index]
+            if index in removed["attention"]:
+                remove_subspace(block.self_attn.o_proj.output, *removed["attention"][index])
+            if index in removed["mlp"]:
+                remove_subspace(block.mlp.output, *removed["mlp"][index])
+        logits = model.lm_head.output[:, -1].float().save()
+        tracer.stop()
+    return logits
+
+
+def _read_below(
+    model: TransformersModel, inputs: dict[str, torch.Tensor], layer: int
+) -> tuple[DynamicCache, torch.Tensor]:
+    """Keys and values of the blocks below a layer, and that block's input [row, token, d_model]."""
+    cache = DynamicCache(config=model._module.config)
+    with torch.no_grad(), model.trace(**inputs, past_key_values=cache, use_cache=True) as tracer:
+        stream = model.layers[layer].input.save()
+        tracer.stop()
+    return cache, stream
+
+
+# -- rows and batches ------------------------------------------------------------------------------
+
+
+def _over_rows(
+    model: TransformersModel,
+    prompts: Sequence[Tokens],
+    conditions: Sequence[Ablation],
+    measure: Measure,
+    *,
+    name: str,
+    key: dict,
+    batch_size: int,
+    cache: Cache | None,
+    by_prompt: bool,
+    new_tokens: int = 0,
+) -> np.ndarray:
+    """A measure of every prompt under every condition, [condition, prompt, ...].
+
+    Args:
+        measure: of a batch, [row, ...].
+        name, key: of the cached result, besides the rows and the model.
+        by_prompt: whether the conditions of a prompt share a batch, or the prompts of a condition.
+        new_tokens: that will follow the prompts.
+    """
+    _pad_id(model)
+    _check_prompts(model, prompts, new_tokens)
+    sizes = shape(model)
+    for condition in conditions:
+        _check_condition(condition, sizes.n_layers, sizes.d_model)
+    signatures = [_signature(condition, sizes.n_layers) for condition in conditions]
+    distinct = dict(zip(reversed(signatures), reversed(conditions), strict=True))
+    starts = {s: _Edits(model, [c]).first for s, c in distinct.items()}
+    lengths = [len(prompt) for prompt in prompts]
+
+    def place(row: tuple[str, int]) -> tuple:
+        signature, prompt = row
+        alike = starts[signature], len(distinct[signature].basis), signature
+        return (lengths[prompt], prompt, *alike) if by_prompt else (lengths[prompt], *alike, prompt)
+
+    rows = sorted(((s, j) for s in distinct for j in range(len(prompts))), key=place)
+    size = batch_size or auto_rows(model, max(lengths) + new_tokens)
+    found: dict[tuple[str, int], np.ndarray] = {}
+
+    def run(batch: list[tuple[str, int]]) -> np.ndarray:
+        return measure([prompts[j] for _, j in batch], [distinct[s] for s, _ in batch])
+
+    for batch in _batches(rows, [lengths[j] for _, j in rows], size):
+        compute = partial(_measured, run, batch)
+        if cache:
+            contents = [[s, [int(token) for token in prompts[j]]] for s, j in batch]
+            full_key = key | {"model": provenance(model), "new_tokens": new_tokens, "rows": contents}
+            values = cache.get(name, full_key, compute)["values"]
+        else:
+            values = compute()["values"]
+        found.update(zip(batch, values, strict=True))
+    return np.array([[found[s, j] for j in range(len(prompts))] for s in signatures])
+
+
+def _measured(run: Callable, rows: list) -> dict[str, np.ndarray]:
+    return {"values": _halving(run, rows)}
+
+
+def _halving(run: Callable[[list], np.ndarray], rows: list) -> np.ndarray:
+    """run(rows), in halves while memory runs out."""
+    try:
+        return run(rows)
+    except Exception as error:
+        if not _out_of_memory(error) or len(rows) == 1:
+            raise
+    # Outside the handler, whose traceback holds on to the tensors that did not fit.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return np.concatenate([_halving(run, rows[:half]), _halving(run, rows[half:])])
+
+
+def _batches(rows: list, lengths: list[int], size: int) -> Iterator[list]:
+    """Rows in order, `size` at a time; a batch that is half full ends where longer rows begin.
+
+    Rows of one length need no padding, hence no mask, which costs more than a few rows a forward.
+    """
+    batch: list = []
+    for i, row in enumerate(rows):
+        if len(batch) == size or (2 * len(batch) >= size and lengths[i] != lengths[i - 1]):
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+def _padded(model: TransformersModel, prompts: Sequence[Tokens]) -> dict[str, torch.Tensor]:
+    """Inputs of a forward [row, token], left-padded under a mask where lengths differ."""
+    longest = max(map(len, prompts))
+    missing = torch.tensor([longest - len(prompt) for prompt in prompts])
+    ids = torch.tensor([[_pad_id(model)] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
+    inputs = {"input_ids": ids}
+    if missing.any():
+        positions = torch.arange(longest) - missing[:, None]
+        inputs |= {"attention_mask": (positions >= 0).long(), "position_ids": positions.clamp_min(0)}
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _wrongly_padded(
+    model: TransformersModel, prompts: Sequence[Tokens], longest: int, padding: str
+) -> dict[str, torch.Tensor]:
+    """Inputs as people have padded them: to the right, or to the left without telling the model."""
+    fill = [[_pad_id(model)] * (longest - len(prompt)) for prompt in prompts]
+    if padding == "right":
+        ids = torch.tensor([[*prompt, *pads] for prompt, pads in zip(prompts, fill, strict=True)])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    ids = torch.tensor([[*pads, *prompt] for prompt, pads in zip(prompts, fill, strict=True)])
+    return {"input_ids": ids.to(model.device)}
+
+
+def _indices(prompts: list[Tokens], distinct: list[tuple], device: torch.device) -> torch.Tensor:
+    """Which of the distinct prompts each row reads [row]."""
+    number = {prompt: i for i, prompt in enumerate(distinct)}
+    return torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
+
+
+def _signature(condition: Ablation, n_layers: int) -> str:
+    """Equal for conditions that do the same to the model."""
+    digest = hashlib.sha256()
+    if condition.removes:
+        center = condition.center if condition.center is not None and condition.center.any() else None
+        layers = range(n_layers) if condition.layers is None else condition.layers
+        digest.update(repr((float(condition.strength), sorted(set(condition.sites)), [*layers])).encode())
+        digest.update(_bytes(condition.basis) + b"center" + (b"" if center is None else _bytes(center)))
+    if condition.shift and condition.shift[1].any():
+        digest.update(b"shift %d" % condition.shift[0] + _bytes(condition.shift[1]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().float().cpu().contiguous().numpy().tobytes()
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def _pad_id(model: TransformersModel) -> int:
+    """The token that fills up short rows; it is masked, but has to be one of the model's."""
+    if model.tokenizer.pad_token_id is None:
+        raise ModelError(
+            "this tokenizer has no pad token and no end-of-text token to pad with; set "
+            "model.tokenizer.pad_token to a token that no prompt holds"
+        )
+    return model.tokenizer.pad_token_id
+
+
+def _check_prompts(model: TransformersModel, prompts: Sequence[Tokens], new_tokens: int) -> None:
+    limit = shape(model).n_positions
+    if not len(prompts):
+        raise ValueError("there are no prompts")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} has no tokens")
+        if len(prompt) + new_tokens > limit:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, and with {new_tokens} new ones that is more than the "
+                f"{limit} positions of this model; shorten it or lower max_new_tokens"
+            )
+
+
+def _check_condition(condition: Ablation, n_layers: int, d_model: int) -> None:
+    vectors = {"basis": condition.basis, "center": condition.center}
+    layers = [*(condition.layers or ())]
+    if condition.shift:
+        vectors["shift"] = condition.shift[1]
+        layers.append(condition.shift[0])
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape[-1] != d_model:
+            raise ValueError(
+                f"condition {condition.name!r}: {name} has {vector.shape[-1]} dimensions, and the model's "
+                f"residual stream has {d_model}; was it taken from another model?"
+            )
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise ValueError(
+                f"condition {condition.name!r}: layer {layer}; the model has layers 0 to {n_layers - 1}"
+            )

@@ -1,0 +1,329 @@
+"""Refusal in the residual stream: directions and subspaces, their selection, controls, and the weight edit.
+
+A subspace is a set of orthonormal rows [k, d_model]; `lib.generation.Ablation` takes it out of a model's
+stream, `orthogonalized` out of its weights, in memory alone: no edited model is ever saved.
+
+Everything is computed in float64 and returned in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lib.generation import Ablation, first_token_kl
+from lib.models import TransformersModel, shape
+
+MAX_KL = 0.1  # nats on harmless prompts
+MAX_DEPTH = 0.8  # share of the layers
+MIN_COMPLIANCE, MIN_COHERENCE = 0.8, 0.9
+
+
+class Subspace(NamedTuple):
+    """A subspace, and how strongly what it was made of fills it.
+
+    Attributes:
+        basis: orthonormal rows by falling singular value [k, d].
+        singular_values: all of them, float64; the first k belong to the rows of basis, the rest were cut.
+    """
+
+    basis: torch.Tensor
+    singular_values: torch.Tensor
+
+
+# -- directions and subspaces ----------------------------------------------------------------------
+
+
+def refusal_vectors(harmful_streams: torch.Tensor, safe_streams: torch.Tensor) -> torch.Tensor:
+    """Difference of means of harmful and safe prompts at each layer.
+
+    Args:
+        harmful_streams, safe_streams: from `lib.generation.last_token_streams` [prompt, layer, d].
+
+    Returns:
+        [layer, d], from safe to harmful. Zero at layer 0, where all prompts hold the same token.
+    """
+    return (harmful_streams.double().mean(0) - safe_streams.double().mean(0)).float()
+
+
+def stack(vectors: torch.Tensor, cut: float = 0.1) -> Subspace:
+    """Orthonormal basis of what some vectors span, whatever their order and lengths.
+
+    Singular value decomposition of the unit vectors. Vectors that are nearly parallel span one direction:
+    what sets them apart is noise, which an orthonormal basis would blow up to a direction of its own.
+
+    Args:
+        vectors: [vector, d].
+        cut: singular values below this share of the largest are left out.
+
+    Raises:
+        ValueError: a vector that is zero or not finite.
+    """
+    rows = vectors.double().cpu()
+    lengths = rows.norm(dim=-1, keepdim=True)
+    for i, length in enumerate(lengths.flatten().tolist()):
+        if not (np.isfinite(length) and length > 1e-8):
+            raise ValueError(
+                f"vector {i} has length {length:.1e} and no direction; leave it out (at layer 0 the last "
+                "tokens of all prompts of a template are the same)"
+            )
+    return _principal(rows / lengths, cut)
+
+
+def published_stack(vectors: torch.Tensor) -> torch.Tensor:
+    """The basis of Refusal (2026), to compare with `stack`: QR of the vectors, one direction each [k, d]."""
+    return torch.linalg.qr(vectors.double().cpu().T).Q.T.float()
+
+
+def category_subspace(
+    harmful_streams: torch.Tensor, safe_streams: torch.Tensor, categories: Sequence[str], cut: float = 0.1
+) -> Subspace:
+    """What the differences of means of each category span, at one layer.
+
+    Args:
+        harmful_streams, safe_streams: of paired prompts at one layer [pair, d].
+        categories: of each pair.
+    """
+    differences = harmful_streams.double() - safe_streams.double()
+    labels = np.asarray(categories)
+    means = [differences[torch.from_numpy(labels == name)].mean(0) for name in dict.fromkeys(categories)]
+    return stack(torch.stack(means), cut)
+
+
+def paired_svd(harmful_streams: torch.Tensor, safe_streams: torch.Tensor, k: int) -> Subspace:
+    """The k leading directions of the paired differences, not centred, at one layer.
+
+    Args:
+        harmful_streams, safe_streams: of paired prompts at one layer [pair, d].
+    """
+    whole = _principal(harmful_streams.double().cpu() - safe_streams.double().cpu(), 0.0)
+    if not 0 < k <= len(whole.basis):
+        raise ValueError(f"k = {k}: the pairs differ in {len(whole.basis)} directions")
+    return Subspace(whole.basis[:k], whole.singular_values)
+
+
+def random_subspace(d: int, k: int, seed: int) -> torch.Tensor:
+    """A uniformly random subspace of k dimensions [k, d]."""
+    normal = np.random.default_rng(seed).standard_normal((d, k))
+    return torch.from_numpy(np.linalg.qr(normal)[0].T.copy()).float()
+
+
+def random_in_top_activations(streams: torch.Tensor, k: int, m: int, seed: int) -> torch.Tensor:
+    """A random subspace of k dimensions within the m leading principal components of streams.
+
+    One of the whole space holds little of what the stream varies in.
+
+    Args:
+        streams: [row, d].
+
+    Returns:
+        [k, d].
+    """
+    if not k <= m <= min(len(streams) - 1, streams.shape[-1]):
+        raise ValueError(
+            f"k = {k} of m = {m} components, of {len(streams)} streams with {streams.shape[-1]} dimensions"
+        )
+    centred = streams.double().cpu() - streams.double().cpu().mean(0)
+    components = torch.linalg.svd(centred, full_matrices=False).Vh[:m]
+    return (random_subspace(m, k, seed).double() @ components).float()
+
+
+# -- selection and controls ------------------------------------------------------------------------
+
+
+def select_layers(
+    compliance: np.ndarray,
+    coherence: np.ndarray,
+    kl: np.ndarray,
+    *,
+    n_layers: int,
+    induction: np.ndarray | None = None,
+    max_kl: float = MAX_KL,
+    max_depth: float = MAX_DEPTH,
+) -> list[int]:
+    """Layers whose direction may be ablated, the best one first.
+
+    The score is Refusal (2026)'s: compliance x coherence, multiplied for each answer and then averaged.
+    Kept of Arditi et al. (2024) are the filters: KL on harmless prompts <= .1, layer < .8 L, and with
+    `induction` a score >= 0. Left out is their score, the log-odds of refusing after ablation, and their
+    search over the positions of the template: streams are read at its last token.
+
+    Args:
+        compliance, coherence: of answers under ablation of layer l's direction, 0 to 1 [layer, prompt].
+        kl: on harmless prompts under that ablation, in nats [layer] or [layer, prompt].
+        n_layers: L, of the model.
+        induction: log-odds of refusing harmless prompts once the direction is added [layer]; None skips it.
+
+    Returns:
+        Layers, none of which need be left. One that was not measured (NaN) is left out.
+    """
+    compliance, coherence, kl = np.asarray(compliance), np.asarray(coherence), np.asarray(kl)
+    if compliance.ndim != 2 or compliance.shape != coherence.shape or len(kl) != len(compliance):
+        raise ValueError(
+            f"compliance and coherence must be [layer, prompt] and kl [layer, ...], not {compliance.shape}, "
+            f"{coherence.shape} and {kl.shape}"
+        )
+    score = (compliance * coherence).mean(-1)
+    allowed = np.isfinite(score) & (kl.reshape(len(kl), -1).mean(-1) <= max_kl)
+    allowed &= np.arange(len(score)) < max_depth * n_layers
+    if induction is not None:
+        allowed &= np.asarray(induction) >= 0
+    return [int(layer) for layer in np.argsort(-score, kind="stable") if allowed[layer]]
+
+
+def behavioural_rank(
+    ks: Sequence[int],
+    compliance: np.ndarray,
+    coherence: np.ndarray,
+    kl: np.ndarray,
+    *,
+    min_compliance: float = MIN_COMPLIANCE,
+    min_coherence: float = MIN_COHERENCE,
+    max_kl: float = MAX_KL,
+) -> int | None:
+    """k*, the smallest number of directions that remove refusal and nothing else; None if none does.
+
+    Args:
+        ks: numbers of directions ablated [k].
+        compliance, coherence: means over forbidden prompts [k].
+        kl: mean over harmless prompts, in nats [k].
+    """
+    columns = zip(ks, compliance, coherence, kl, strict=True)
+    reached = [k for k, c, h, d in columns if c >= min_compliance and h >= min_coherence and d <= max_kl]
+    return min(reached, default=None)
+
+
+def kl_matched(
+    model: TransformersModel,
+    prompts: Sequence[Sequence[int]],
+    controls: Sequence[Ablation],
+    target: float,
+    *,
+    max_strength: float = 64.0,
+    tolerance: float = 0.05,
+) -> list[Ablation]:
+    """Controls at the strength at which they move harmless prompts as far as a subspace does.
+
+    A random direction at strength 1 changes little, hence says little. Each control is scaled until its
+    mean KL on the prompts is the target, at the smallest strength found to reach it.
+
+    Args:
+        prompts: harmless, token ids.
+        controls: their own strength is not used.
+        target: mean KL of the subspace on these prompts, in nats.
+        max_strength: where the search ends.
+        tolerance: relative error of the KL that is good enough.
+
+    Raises:
+        ValueError: a control that does not reach the target, naming it.
+    """
+    if target <= 0:
+        raise ValueError(f"target {target}: a KL to match must be above 0")
+
+    def measure(strengths: np.ndarray) -> np.ndarray:  # [control, strength] -> mean KL of the same shape
+        conditions = [
+            replace(control, strength=float(s))
+            for control, row in zip(controls, strengths, strict=True)
+            for s in row
+        ]
+        return first_token_kl(model, prompts, conditions).mean(-1).reshape(strengths.shape)
+
+    ladder = max_strength * 2.0 ** np.arange(-12, 1)
+    grid = np.tile(np.concatenate([[0.0], ladder]), (len(controls), 1))
+    for _ in range(6):  # every round keeps one of six or more steps
+        kl = measure(grid)
+        above = (kl >= target).argmax(-1).clip(1)  # of the first strength that reaches the target
+        for control, reached in zip(controls, (kl >= target).any(-1), strict=True):
+            if not reached:
+                raise ValueError(
+                    f"control {control.name!r} does not reach a KL of {target:.3g} up to strength "
+                    f"{max_strength:g}; raise max_strength or match another subspace"
+                )
+        rows = np.arange(len(grid))
+        low, high = grid[rows, above - 1], grid[rows, above]
+        if (np.abs(kl[rows, above] / target - 1) <= tolerance).all():
+            break
+        grid = np.linspace(low, high, 7, axis=-1)
+    return [replace(control, strength=float(s)) for control, s in zip(controls, high, strict=True)]
+
+
+# -- the weight edit -------------------------------------------------------------------------------
+
+
+@contextmanager
+def orthogonalized(model: TransformersModel, basis: torch.Tensor, strength: float = 1.0) -> Iterator[None]:
+    """Within the block nothing in the model writes to a subspace of the stream; afterwards it is as before.
+
+    Edits embeddings, attention outputs and MLP outputs with their biases: W -> W - strength * P W. At
+    strength 1 this equals an `Ablation` at all sites. A tied unembedding reads the stream and stays as it is.
+
+    Args:
+        basis: orthonormal rows [k, d_model].
+        strength: other than 1 it differs from hooks, which act on every block's input again.
+
+    Raises:
+        ValueError: see `lib.generation.Ablation`; a basis of another width.
+    """
+    Ablation("orthogonalized", basis)
+    if basis.shape[-1] != shape(model).d_model:
+        raise ValueError(f"basis has {basis.shape[-1]} dimensions, the model's stream {shape(model).d_model}")
+    module, originals = model._module, []
+    before = getattr(module, "_provenance", None)
+    try:
+        for writer, name in _writers(model):
+            parameter = getattr(writer, name)
+            edited = _without(parameter, basis, strength, rows_are_written=_writes_rows(writer, name))
+            # Another parameter in its place: the original stays, also as the unembedding that it may be.
+            setattr(writer, name, torch.nn.Parameter(edited, requires_grad=False))
+            originals.append((writer, name, parameter))
+        if before is not None:  # cached results of the edited model are not those of the original
+            module._provenance = before | {"orthogonalized": [basis.cpu().numpy(), strength]}
+        yield
+    finally:
+        for writer, name, parameter in originals:
+            setattr(writer, name, parameter)
+        if before is not None:
+            module._provenance = before
+
+
+def _writers(model: TransformersModel) -> list[tuple[torch.nn.Module, str]]:
+    """(module, parameter's name) of all that writes to the stream."""
+    found = [(model.embed_tokens._module, "weight")]
+    backbone = model._module.base_model
+    if hasattr(backbone, "wpe"):  # GPT-2 adds its positions to the stream
+        found.append((backbone.wpe, "weight"))
+    for block in model.layers:
+        mlp = block.mlp._module
+        for projection in (block.self_attn.o_proj._module, getattr(mlp, "down_proj", None) or mlp.c_proj):
+            found.append((projection, "weight"))
+            if projection.bias is not None:
+                found.append((projection, "bias"))
+    return found
+
+
+def _writes_rows(writer: torch.nn.Module, name: str) -> bool:
+    """Whether a parameter's rows are vectors of the stream, not its columns (as in a Linear)."""
+    return name == "bias" or not isinstance(writer, torch.nn.Linear)
+
+
+def _without(
+    parameter: torch.Tensor, basis: torch.Tensor, strength: float, rows_are_written: bool
+) -> torch.Tensor:
+    rows = parameter if rows_are_written else parameter.T  # [..., d_model]
+    basis = basis.to(rows.device).float()
+    removed = (rows.float() - strength * (rows.float() @ basis.T) @ basis).to(rows.dtype)
+    return removed if rows_are_written else removed.T.contiguous()
+
+
+def _principal(rows: torch.Tensor, cut: float) -> Subspace:
+    """Right singular vectors of rows [row, d] whose value is over a share of the largest."""
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    # Rounding of float32 vectors leaves values of 1e-8 where there is nothing.
+    basis = vectors[values > max(cut, 1e-6) * values[0]]
+    largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+    return Subspace((basis * largest.sign()).float(), values)

@@ -1,0 +1,506 @@
+"""Generation in batches equals transformers' own under plain torch hooks, on every family."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import CHAT_MODELS, FAMILIES, VOCABULARY, save_chat, save_tiny
+
+from lib import generation
+from lib.generation import (
+    SITES,
+    Ablation,
+    chat_ids,
+    end_tokens,
+    first_token_kl,
+    generate,
+    intact,
+    last_token_streams,
+    refusal_scores,
+    remove_subspace,
+)
+from lib.models import ModelError, load, shape
+from lib.record import Cache
+
+D, NEW = 32, 7
+PROMPTS = [[0, 5, 9, 4], [0, 7, 3, 8, 6, 2, 30], [0, 11, 4, 4], [0, 2, 12, 9, 30], [0, 6, 5, 4, 3, 2, 30]]
+
+
+def random_basis(k: int, seed: int = 0) -> torch.Tensor:
+    normal = torch.randn(D, k, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(normal).Q.T.contiguous()
+
+
+def vector(seed: int, length: float) -> torch.Tensor:
+    return length * torch.randn(D, generator=torch.Generator().manual_seed(seed))
+
+
+CONDITIONS = (
+    Ablation("intact", torch.zeros(0, D)),
+    Ablation("one direction", random_basis(1)),
+    Ablation("three", random_basis(3)),
+    Ablation("half", random_basis(2, 1), strength=0.5),
+    Ablation("reflected", random_basis(1, 2), strength=2.0),
+    Ablation("affine", random_basis(2, 3), center=vector(4, 1.0)),
+    Ablation("block input", random_basis(3, 5), sites=("block_input",)),
+    Ablation("writers", random_basis(3, 6), sites=("attention", "mlp")),
+    Ablation("upper", random_basis(4, 7), layers=range(1, 3)),
+    Ablation("last", random_basis(4, 8), layers=range(2, 3)),
+    Ablation("shifted", torch.zeros(0, D), shift=(2, vector(9, 1.0))),
+    Ablation("shifted and ablated", random_basis(2, 10), layers=range(1, 2), shift=(1, vector(11, 1.0))),
+    Ablation("three again", random_basis(3)),
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory):
+    return load(str(save_tiny(request.param, tmp_path_factory.mktemp(request.param), chat=True)))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load(str(save_tiny("llama", tmp_path_factory.mktemp("llama"), chat=True)))
+
+
+@contextmanager
+def hooks(module, condition: Ablation):
+    """Plain torch: the condition as hooks on a transformers model, one projection matrix at a time."""
+    projection = condition.basis.T @ condition.basis
+    center = torch.zeros(D) if condition.center is None else condition.center
+    layers = range(3) if condition.layers is None else condition.layers
+    handles = []
+
+    def without(x):
+        return x - condition.strength * (x - center) @ projection
+
+    def before_block(_, args, index):
+        x = args[0]
+        if "block_input" in condition.sites and index in layers:
+            x = without(x)
+        if condition.shift and condition.shift[0] == index:
+            x = x + condition.shift[1]
+        return (x, *args[1:])
+
+    blocks = module.model.layers if hasattr(module, "model") else module.transformer.h
+    for index, block in enumerate(blocks):
+        handles.append(
+            block.register_forward_pre_hook(lambda m, args, index=index: before_block(m, args, index))
+        )
+        attention = block.self_attn if hasattr(block, "self_attn") else block.attn
+        projection_out = attention.o_proj if hasattr(attention, "o_proj") else attention.c_proj
+        for site, written in (("attention", projection_out), ("mlp", block.mlp)):
+            if site in condition.sites and index in layers:
+                handles.append(written.register_forward_hook(lambda _, __, output: without(output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def one_by_one(model, prompts, condition: Ablation, new: int = NEW) -> list[list[int]]:
+    """transformers' `generate` under hooks, a prompt at a time."""
+    answers, ends = [], sorted(end_tokens(model))
+    with hooks(model._module, condition), torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            whole = model._module.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                eos_token_id=ends, pad_token_id=0,
+            )  # fmt: skip
+            answer = whole[0, len(prompt) :].tolist()
+            answers.append(answer[: next((i for i, t in enumerate(answer) if t in ends), new)])
+    return answers
+
+
+def hooked_log_probabilities(model, prompt, condition: Ablation) -> torch.Tensor:
+    with hooks(model._module, condition), torch.no_grad():
+        return model._module(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].log_softmax(-1)
+
+
+@contextmanager
+def counted_rows(model, layer: int = 0):
+    """Rows of every forward through a block; one that is skipped does not run its parts."""
+    seen, part = [], model.layers[layer].self_attn.o_proj._module
+    handle = part.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def test_generation_equals_transformers_under_hooks(model):
+    answers = generate(model, PROMPTS, CONDITIONS, max_new_tokens=NEW)
+    for condition, found in zip(CONDITIONS, answers, strict=True):
+        assert found == one_by_one(model, PROMPTS, condition), condition.name
+    changed = [found != answers[0] for found in answers]
+    assert sum(changed) >= len(CONDITIONS) - 3  # the conditions did something, each to its own answers
+    assert answers[2] == answers[-1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_batch_size_and_company_change_nothing(llama, batch_size):
+    expected = generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW)
+    assert generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW, batch_size=batch_size) == expected
+    order = [3, 0, 4, 1, 2]
+    shuffled = generate(llama, [PROMPTS[i] for i in order], CONDITIONS[::-1], max_new_tokens=NEW)
+    assert shuffled == [[answers[i] for i in order] for answers in expected[::-1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropping_ended_rows_changes_nothing(family, tmp_path, monkeypatch):
+    """Where many tokens end an answer, rows leave the batch at many steps, and the others do not notice."""
+    model = load(str(save_tiny(family, tmp_path, chat=True, tied=False)))  # tied ones repeat their input
+    free = generate(model, PROMPTS, CONDITIONS, max_new_tokens=20)
+    counts = Counter(token for answers in free for answer in answers for token in set(answer))
+    rare = [token for token, _ in counts.most_common()[-20:]]
+    monkeypatch.setattr(model._module.generation_config, "eos_token_id", rare)
+    with counted_rows(model) as rows:
+        answers = generate(model, PROMPTS, CONDITIONS, max_new_tokens=20, batch_size=256)
+    assert len(set(rows)) > 1 and rows == sorted(rows, reverse=True), "rows leave, none comes back"
+    for condition, found in zip(CONDITIONS, answers, strict=True):
+        assert found == one_by_one(model, PROMPTS, condition, 20), condition.name
+    assert len({len(answer) for found in answers for answer in found}) > 5
+
+
+def test_answers_stop_before_any_end_token(llama, monkeypatch):
+    free = generate(llama, PROMPTS, CONDITIONS[:1], max_new_tokens=NEW)[0]
+    ends = [free[0][2], free[1][0]]
+    monkeypatch.setattr(llama._module.generation_config, "eos_token_id", ends)
+    answers = generate(llama, PROMPTS, CONDITIONS[:1], max_new_tokens=NEW)[0]
+    cut = [next((i for i, token in enumerate(a) if token in ends), NEW) for a in free]
+    assert answers == [a[:n] for a, n in zip(free, cut, strict=True)] and answers[1] == []
+
+
+def test_blocks_below_the_first_touched_one_read_each_prompt_once(llama):
+    conditions = [c for c in CONDITIONS if c.name in ("last", "shifted")]
+    for layer, expected in ((0, 5), (1, 5), (2, 10)):
+        with counted_rows(llama, layer) as rows:
+            generate(llama, PROMPTS, conditions, max_new_tokens=1)
+        assert sum(rows) == expected
+    with counted_rows(llama) as rows:
+        generate(llama, PROMPTS, [CONDITIONS[1], *conditions], max_new_tokens=1)
+    assert sum(rows) == 15, "one of them touches block 0"
+
+
+def test_conditions_that_do_the_same_run_once(llama):
+    basis = random_basis(2)
+    same = [
+        Ablation("a", basis),
+        Ablation("b", basis.clone(), center=torch.zeros(D), layers=range(0, 3), sites=SITES[::-1]),
+        Ablation("nothing", torch.zeros(0, D)),
+        Ablation("no strength", basis, strength=0.0),
+        Ablation("no layer", basis, layers=range(2, 2)),
+        Ablation("no shift", torch.zeros(0, D), shift=(1, torch.zeros(D))),
+    ]
+    with counted_rows(llama) as rows:
+        answers = generate(llama, PROMPTS, same, max_new_tokens=1)
+    assert sum(rows) == 2 * len(PROMPTS)
+    assert answers[0] == answers[1] and answers[2] == answers[3] == answers[4] == answers[5]
+    assert answers[0] != answers[2]
+
+
+def test_first_token_measures_equal_hooks(model):
+    tokens = [3, 17, 20]
+    kl = first_token_kl(model, PROMPTS, CONDITIONS, batch_size=7)
+    scores = refusal_scores(model, PROMPTS, CONDITIONS, tokens, batch_size=7)
+    assert kl.shape == scores.shape == (len(CONDITIONS), len(PROMPTS))
+    for c, condition in enumerate(CONDITIONS):
+        for j, prompt in enumerate(PROMPTS):
+            before = hooked_log_probabilities(model, prompt, CONDITIONS[0])
+            after = hooked_log_probabilities(model, prompt, condition)
+            divergence = (before.exp() * (before - after)).sum()
+            assert kl[c, j] == pytest.approx(float(divergence), rel=1e-3, abs=1e-5)
+            share = after.exp()[tokens].sum()
+            assert scores[c, j] == pytest.approx(float(torch.log(share) - torch.log1p(-share)), abs=1e-3)
+    assert (kl[0] < 1e-6).all() and (kl[1:].max(1) > 1e-3).all()
+
+
+def cosines(streams: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(streams, reference, dim=-1)  # [prompt, layer + 1]
+
+
+def test_masked_left_padding_reads_what_single_prompts_hold(model):
+    alone = last_token_streams(model, PROMPTS, padding="none")
+    assert alone.shape == (len(PROMPTS), 4, D)
+    with torch.no_grad():
+        for j, prompt in enumerate(PROMPTS):
+            out = model._module(input_ids=torch.tensor([prompt]), output_hidden_states=True, use_cache=False)
+            for layer in range(3):  # the last hidden state is after the final norm
+                torch.testing.assert_close(alone[j, layer], out.hidden_states[layer][0, -1])
+    for batch_size in (0, 2):
+        left = last_token_streams(model, PROMPTS, padding="left", batch_size=batch_size)
+        assert cosines(left, alone).min() > 0.9999
+        torch.testing.assert_close(left, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["right", "left-unmasked"])
+def test_wrong_padding_reads_something_else(model, padding):
+    alone = last_token_streams(model, PROMPTS, padding="none")
+    short = [len(prompt) < 7 for prompt in PROMPTS]
+    for batch_size in (0, 2):  # the frame is that of the longest prompt, whatever the batches
+        cosine = cosines(last_token_streams(model, PROMPTS, padding=padding, batch_size=batch_size), alone)
+        assert (cosine[short, -1] < 0.99).all()
+        assert (cosine[~torch.tensor(short)] > 0.9999).all()
+
+
+def test_removal_twice_is_removal_once():
+    stream = torch.randn(2, 5, D)
+    basis = torch.stack([random_basis(3), torch.nn.functional.pad(random_basis(1, 1), (0, 0, 0, 2))])
+    center = torch.randn(2, 1, D)
+    once = stream.clone()
+    remove_subspace(once, basis, torch.ones(2, 1, 1), center)
+    assert (once - stream).abs().max() > 0.1
+    torch.testing.assert_close((once - center) @ basis.mT, torch.zeros(2, 5, 3), rtol=0, atol=1e-5)
+    twice = once.clone()
+    remove_subspace(twice, basis, torch.ones(2, 1, 1), center)
+    torch.testing.assert_close(twice, once, rtol=0, atol=1e-5)
+
+
+def test_removal_in_half_precision_rounds_once():
+    basis = random_basis(3)
+    stream = torch.randn(4, 6, D).bfloat16()
+    expected = stream.float() - stream.float() @ basis.T @ basis
+    remove_subspace(stream, basis)
+    torch.testing.assert_close(stream.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_generation_in_bfloat16(tmp_path):
+    model = load(str(save_tiny("llama", tmp_path, chat=True)), dtype="bfloat16")
+    answers = generate(model, PROMPTS, CONDITIONS, max_new_tokens=3)
+    assert [len(a) for a in answers] == [len(PROMPTS)] * len(CONDITIONS)
+    streams = last_token_streams(model, PROMPTS)
+    assert streams.dtype == torch.float32 and streams.isfinite().all()
+
+
+def test_batch_halves_when_memory_runs_out(llama):
+    expected = generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW)
+    streams = last_token_streams(llama, PROMPTS)
+    sizes = []
+
+    def refuse(_, args):
+        sizes.append(len(args[0]))
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    handle = llama._module.model.layers[2].register_forward_pre_hook(refuse)
+    try:
+        assert generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW, batch_size=16) == expected
+        assert max(sizes) > 8 and min(sizes) <= 2
+        torch.testing.assert_close(last_token_streams(llama, PROMPTS), streams, rtol=1e-4, atol=1e-5)
+    finally:
+        handle.remove()
+
+
+# -- cache -----------------------------------------------------------------------------------------
+
+
+def test_cached_results_are_the_same_and_run_nothing(llama, tmp_path):
+    cache = Cache(tmp_path)
+
+    def everything(conditions=CONDITIONS, prompts=PROMPTS, new=NEW):
+        return (
+            generate(llama, prompts, conditions, max_new_tokens=new, batch_size=16, cache=cache),
+            first_token_kl(llama, prompts, conditions, batch_size=16, cache=cache).tolist(),
+            refusal_scores(llama, prompts, conditions, [3, 4], batch_size=16, cache=cache).tolist(),
+        )
+
+    first = everything()
+    with counted_rows(llama) as rows:
+        assert everything() == first and rows == []
+        renamed = [Ablation("another name", c.basis, c.strength, c.center, c.sites, c.layers, c.shift)
+                   for c in CONDITIONS]  # fmt: skip
+        assert everything(renamed) == first and rows == []
+        other = [*CONDITIONS[:1], Ablation("one direction", random_basis(1), strength=0.9), *CONDITIONS[2:]]
+        changed = everything(other)
+        assert rows != [] and changed[1] != first[1]
+        rows.clear()
+        everything(prompts=[[0, 5, 9, 3], *PROMPTS[1:]])
+        assert rows != []
+        rows.clear()
+        generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW + 1, batch_size=16, cache=cache)
+        assert rows != []
+        rows.clear()
+        refusal_scores(llama, PROMPTS, CONDITIONS, [3, 5], batch_size=16, cache=cache)
+        assert rows != []
+
+
+def generate_slowly(model_folder: Path, cache_folder: Path, result: Path, pause: float = 0.0) -> None:
+    """What the killed process does."""
+    torch.set_num_threads(1)
+    model, forwards = load(str(model_folder)), []
+    model._module.register_forward_pre_hook(lambda *_: (forwards.append(1), time.sleep(pause)) and None)
+    answers = generate(
+        model, PROMPTS, CONDITIONS, max_new_tokens=NEW, batch_size=8, cache=Cache(cache_folder)
+    )
+    kl = first_token_kl(model, PROMPTS, CONDITIONS, batch_size=8, cache=Cache(cache_folder))
+    flat = [[*answer, *[-1] * (NEW - len(answer))] for found in answers for answer in found]
+    np.savez(result, n_forwards=len(forwards), answers=np.array(flat), kl=kl)
+
+
+def test_killed_generation_goes_on_and_ends_with_the_same_bits(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    folder = save_tiny("llama", tmp_path / "llama", chat=True)
+
+    def start(cache: str, result: str, pause: float = 0.0):
+        arguments = folder, tmp_path / cache, tmp_path / result, pause
+        process = context.Process(target=generate_slowly, args=arguments)
+        process.start()
+        return process
+
+    def entries() -> set[tuple]:
+        return {(p.name, p.stat().st_mtime_ns) for p in (tmp_path / "cache").glob("[!.]*.npz")}
+
+    process = start("cache", "killed.npz", pause=0.05)
+    deadline = time.monotonic() + 120
+    while len(entries()) < 3 and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed.npz").exists()
+    before = entries()
+    assert len(before) >= 3
+
+    for name, cache in (("resumed", "cache"), ("whole", "other")):
+        process = start(cache, f"{name}.npz")
+        process.join(120)
+        assert process.exitcode == 0
+    with np.load(tmp_path / "resumed.npz") as resumed, np.load(tmp_path / "whole.npz") as whole:
+        for name in ("answers", "kl"):
+            assert resumed[name].tobytes() == whole[name].tobytes()
+        assert resumed["n_forwards"] < whole["n_forwards"]
+    assert before < entries(), "what was done is not done again"
+
+
+# -- chat models -----------------------------------------------------------------------------------
+
+LAST_TOKEN = {
+    "Qwen3-1.7B": "\n\n", "Qwen-1.8B-Chat": "\n", "gemma-2b-it": "\n", "Llama-3.1-8B-Instruct": "\n\n",
+    "Phi-3-mini-4k-instruct": "\n", "Llama-3.2-1B-Instruct": "\n\n", "Llama-3.2-3B-Instruct": "\n\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAT_MODELS)
+def test_chat_models_of_the_published_table_run(name, tmp_path):
+    model = load(str(save_chat(name, tmp_path)))
+    texts = ["apple bird", "car egg house milk", "sun"]
+    prompts = chat_ids(model, texts)
+    tokens = [model.tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts]
+    for text, found in zip(texts, tokens, strict=True):
+        assert found[-1] == LAST_TOKEN[name] and "<unk>" not in found
+        at = found.index(text.split()[0])
+        assert found[at : at + len(text.split())] == text.split(), "the whole text, once"
+    assert [t for t in tokens[0] if "think" in t] == (["<think>", "</think>"] if "Qwen3" in name else [])
+    assert {model.tokenizer.convert_ids_to_tokens(t) for t in end_tokens(model)} >= set(
+        CHAT_MODELS[name].ends
+    )
+
+    streams = last_token_streams(model, prompts)
+    seen = []
+    blocks = model.layers
+    handle = blocks[1]._module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model._module(input_ids=torch.tensor([prompts[1]]), use_cache=False)
+    handle.remove()
+    position = len(prompts[1]) - 1
+    torch.testing.assert_close(streams[1, 1], seen[0][0, position], rtol=1e-4, atol=1e-4)
+    # The template's last token is the same for all prompts: what tells them apart came by attention.
+    assert torch.equal(streams[0, 0], streams[1, 0]) and not torch.allclose(streams[0, -1], streams[1, -1])
+
+    conditions = [CONDITIONS[0], CONDITIONS[2], CONDITIONS[8]]
+    answers = generate(model, prompts, conditions, max_new_tokens=12)
+    for condition, found in zip(conditions, answers, strict=True):
+        assert found == one_by_one(model, prompts, condition, 12)
+
+
+def test_prompt_is_rendered_as_the_template_says(llama):
+    assert chat_ids(llama, ["apple bird", "egg"]) == [[0, 2, 3, 30], [0, 5, 30]]
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def test_no_chat_template_is_named(tmp_path):
+    model = load(str(save_tiny("llama", tmp_path)))
+    with pytest.raises(ModelError, match="no chat template; take an instruction-tuned model, or set"):
+        chat_ids(model, ["apple"])
+
+
+def test_no_pad_token_is_named(tmp_path):
+    model = load(str(save_tiny("llama", tmp_path)))
+    model.tokenizer.chat_template = "{{ messages[0].content }}"
+    for call in (
+        lambda: chat_ids(model, ["apple"]),
+        lambda: generate(model, PROMPTS, CONDITIONS, max_new_tokens=2),
+        lambda: last_token_streams(model, PROMPTS),
+    ):
+        with pytest.raises(ModelError, match="no pad token .* set model.tokenizer.pad_token"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        (Ablation("deep", random_basis(1), layers=range(1, 4)), "'deep': layer 3; .* layers 0 to 2"),
+        (Ablation("below", random_basis(1), layers=range(-1, 2)), "'below': layer -1; .* layers 0 to 2"),
+        (Ablation("push", random_basis(1), shift=(5, torch.ones(D))), "'push': layer 5; .* layers 0 to 2"),
+        (Ablation("wide", torch.eye(64)[:2]), "'wide': basis has 64 dimensions, .* stream has 32"),
+        (Ablation("off", random_basis(1), center=torch.ones(8)), "'off': center has 8 dimensions"),
+        (Ablation("far", random_basis(1), shift=(1, torch.ones(8))), "'far': shift has 8 dimensions"),
+    ],
+)
+def test_condition_that_does_not_fit_the_model_is_named(llama, condition, message):
+    with pytest.raises(ValueError, match=message):
+        generate(llama, PROMPTS, [CONDITIONS[0], condition], max_new_tokens=1)
+
+
+def test_condition_that_is_none_is_named():
+    with pytest.raises(ValueError, match="'long': the rows of basis are not orthonormal .*lib.refusal.stack"):
+        Ablation("long", 2 * random_basis(1))
+    skew = torch.stack([random_basis(1)[0], random_basis(1)[0]])
+    with pytest.raises(ValueError, match="'skew': the rows of basis are not orthonormal"):
+        Ablation("skew", skew)
+    with pytest.raises(ValueError, match="'nan': the rows of basis are not orthonormal"):
+        Ablation("nan", torch.full((1, D), torch.nan))
+    with pytest.raises(ValueError, match=r"'flat': basis must be \[k, d_model\], not \[32\]"):
+        Ablation("flat", torch.ones(D))
+    with pytest.raises(ValueError, match="'typo': no site 'attn'; sites are block_input, attention, mlp"):
+        Ablation("typo", random_basis(1), sites=("attn",))
+    with pytest.raises(ValueError, match="'inf': strength inf is no number"):
+        Ablation("inf", random_basis(1), strength=float("inf"))
+
+
+def test_prompts_that_do_not_fit_are_named(llama):
+    long = [2] * 90
+    with pytest.raises(ValueError, match="prompt 1 has 90 tokens, and with 7 new ones .* 96 positions"):
+        generate(llama, [PROMPTS[0], long], CONDITIONS[:1], max_new_tokens=7)
+    assert len(generate(llama, [long], CONDITIONS[:1], max_new_tokens=6)[0]) == 1
+    with pytest.raises(ValueError, match="prompt 0 has 97 tokens"):
+        last_token_streams(llama, [[2] * 97])
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        generate(llama, [[2], []], CONDITIONS[:1], max_new_tokens=1)
+    with pytest.raises(ValueError, match="there are no prompts"):
+        first_token_kl(llama, [], CONDITIONS[:1])
+
+
+def test_other_mistakes_are_named(llama):
+    with pytest.raises(ValueError, match="padding 'rihgt' is not one of left, right, left-unmasked, none"):
+        last_token_streams(llama, PROMPTS, padding="rihgt")
+    for tokens in ([], [VOCABULARY], [-1]):
+        with pytest.raises(ValueError, match="must be one or more of 40 tokens"):
+            refusal_scores(llama, PROMPTS, CONDITIONS[:1], tokens)
+
+
+def test_automatic_batches_are_powers_of_two(llama):
+    sizes = [generation.auto_rows(llama, length) for length in (1, 100, 10_000, 1_000_000)]
+    assert sizes[0] == 256 and sizes[-1] >= 1 and sizes == sorted(sizes, reverse=True)
+    assert all(size & (size - 1) == 0 for size in sizes)
+    assert intact(llama).basis.shape == (0, shape(llama).d_model)

@@ -1,0 +1,306 @@
+"""Subspaces, their controls, and the weight edit against hooks on every family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, save_tiny
+
+from lib.generation import Ablation, first_token_kl, generate, last_token_streams, remove_subspace
+from lib.models import load, provenance
+from lib.record import Cache
+from lib.refusal import (
+    behavioural_rank,
+    category_subspace,
+    kl_matched,
+    orthogonalized,
+    paired_svd,
+    published_stack,
+    random_in_top_activations,
+    random_subspace,
+    refusal_vectors,
+    select_layers,
+    stack,
+)
+
+D = 32
+PROMPTS = [[0, 5, 9, 4], [0, 7, 3, 8, 6, 2, 30], [0, 11, 4, 4], [0, 2, 12, 9, 30]]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load(str(save_tiny("llama", tmp_path_factory.mktemp("llama"), chat=True)))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def projector(basis: torch.Tensor) -> torch.Tensor:
+    return basis.T @ basis
+
+
+def assert_orthonormal(basis: torch.Tensor) -> None:
+    torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), rtol=0, atol=1e-5)
+
+
+# -- directions and subspaces ----------------------------------------------------------------------
+
+
+def test_refusal_vectors_are_differences_of_means(generator):
+    harmful, safe = torch.randn(2, 6, 4, D, generator=generator)
+    vectors = refusal_vectors(harmful, safe[:5])
+    assert vectors.shape == (4, D) and vectors.dtype == torch.float32
+    expected = harmful.numpy().mean(0) - safe[:5].numpy().mean(0)
+    np.testing.assert_allclose(vectors.numpy(), expected, atol=1e-6)
+
+
+def test_stack_is_the_span_whatever_order_and_lengths(generator):
+    vectors = torch.randn(4, D, generator=generator)
+    found = stack(vectors)
+    assert_orthonormal(found.basis)
+    assert len(found.basis) == len(found.singular_values) == 4
+    torch.testing.assert_close(vectors @ projector(found.basis), vectors, rtol=1e-4, atol=1e-4)
+    scaled = torch.tensor([3.0, 0.01, -7.0, 1e4])[:, None] * vectors
+    other = stack(scaled[[2, 0, 3, 1]])
+    torch.testing.assert_close(projector(other.basis), projector(found.basis), rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.singular_values, found.singular_values)
+
+
+def nearly_parallel(generator, cosine: float = 0.99) -> torch.Tensor:
+    a, noise = torch.linalg.qr(torch.randn(D, 2, generator=generator)).Q.T
+    return torch.stack([a, cosine * a + (1 - cosine**2) ** 0.5 * noise])
+
+
+def test_nearly_parallel_vectors_are_one_direction_and_two_after_qr(generator):
+    """QR makes a whole second direction of the noise between two vectors of cosine .99."""
+    vectors = nearly_parallel(generator)
+    found = stack(vectors)
+    assert len(found.basis) == 1 and len(found.singular_values) == 2
+    assert found.singular_values[1] / found.singular_values[0] < 0.1
+    mean = torch.nn.functional.normalize(vectors.mean(0), dim=0)
+    assert abs(float(found.basis[0] @ mean)) > 0.9999
+
+    published = published_stack(vectors)
+    assert_orthonormal(published)
+    assert len(published) == 2
+    second = published[1]
+    assert (second @ vectors.T).abs().max() < 0.15, "the second direction is hardly in either vector"
+    # Removing it takes from other activations as much as the first one does.
+    stream = torch.randn(2000, 1, D, generator=generator)
+    taken = [(stream[:, 0] @ direction).square().mean() for direction in (published[0], second)]
+    assert taken[1] == pytest.approx(float(taken[0]), rel=0.2)
+    # The other pair of the same two differs in the noise it is made of: QR's plane turns with it.
+    redrawn = vectors.clone()
+    redrawn[1] = 0.99 * vectors[0] + 0.141 * random_subspace(D, 1, 5)[0]
+    turned = published_stack(redrawn)
+    assert projector(turned).sub(projector(published)).norm() > 1
+    assert projector(stack(redrawn).basis).sub(projector(found.basis)).norm() < 0.15
+
+
+def test_cut_is_a_choice(generator):
+    vectors = nearly_parallel(generator)
+    both = stack(vectors, cut=0.0)
+    assert len(both.basis) == 2
+    torch.testing.assert_close(projector(both.basis), projector(published_stack(vectors)), rtol=0, atol=1e-4)
+    twice = stack(torch.cat([vectors[:1], 5 * vectors[:1]]), cut=0.0)
+    assert len(twice.basis) == 1, "nothing is left between a vector and itself"
+
+
+def test_vector_without_direction_is_named(generator):
+    vectors = torch.randn(3, D, generator=generator)
+    vectors[1] = 0
+    with pytest.raises(ValueError, match="vector 1 has length 0.* leave it out .at layer 0"):
+        stack(vectors)
+    vectors[1] = torch.nan
+    with pytest.raises(ValueError, match="vector 1 has length nan"):
+        stack(vectors)
+
+
+def test_category_subspace_spans_the_means_of_categories(generator):
+    cues = torch.linalg.qr(torch.randn(D, 3, generator=generator)).Q.T
+    labels = ["a", "b", "c"] * 20
+    safe = torch.randn(60, D, generator=generator)
+    noise = 0.01 * torch.randn(60, D, generator=generator)
+    found = category_subspace(safe + 4 * cues.repeat(20, 1) + noise, safe, labels)
+    assert_orthonormal(found.basis)
+    torch.testing.assert_close(projector(found.basis), projector(cues), rtol=0, atol=0.02)
+
+
+def test_paired_svd_finds_what_differs_most(generator):
+    cues = torch.linalg.qr(torch.randn(D, 2, generator=generator)).Q.T
+    safe = 5 * torch.randn(200, D, generator=generator)
+    weights = torch.randn(200, 2, generator=generator) * torch.tensor([4.0, 2.0])
+    found = paired_svd(safe + weights @ cues + 0.01 * torch.randn(200, D, generator=generator), safe, 1)
+    assert abs(float(found.basis[0] @ cues[0])) > 0.98 and len(found.singular_values) == D
+    assert found.singular_values[2] < 0.1 * found.singular_values[1]
+    with pytest.raises(ValueError, match="k = 3: the pairs differ in 2 directions"):
+        paired_svd(safe + weights @ cues, safe, 3)
+
+
+def test_random_subspaces_are_seeded_and_uniform():
+    basis = random_subspace(D, 5, seed=1)
+    assert basis.shape == (5, D)
+    assert_orthonormal(basis)
+    assert torch.equal(basis, random_subspace(D, 5, seed=1))
+    assert not torch.allclose(basis, random_subspace(D, 5, seed=2))
+    shares = torch.stack([random_subspace(D, 4, seed=s)[:, :8].square().sum() / 4 for s in range(300)])
+    assert shares.mean() == pytest.approx(8 / D, abs=0.02)
+
+
+def test_random_in_top_activations_stays_there(generator):
+    scales = torch.cat([torch.full((6,), 5.0), torch.full((D - 6,), 0.1)])
+    streams = 100 + scales * torch.randn(400, D, generator=generator)
+    basis = random_in_top_activations(streams, k=3, m=6, seed=0)
+    assert_orthonormal(basis)
+    assert basis[:, :6].square().sum() / 3 > 0.99
+    assert not torch.allclose(basis, random_in_top_activations(streams, k=3, m=6, seed=1))
+    with pytest.raises(ValueError, match="k = 3 of m = 6 components, of 5 streams"):
+        random_in_top_activations(streams[:5], k=3, m=6, seed=0)
+
+
+# -- selection and controls ------------------------------------------------------------------------
+
+
+def test_layers_are_selected_by_the_mean_of_products_among_those_that_spare_harmless_prompts():
+    compliance = np.array([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0.5], [1, 1, 1, 1]])
+    coherence = np.array([[1.0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    kl = np.array([0.0, 0.5, 0.05, 0.1, 0.0])
+    # Layer 1 moves harmless prompts, layer 4 lies too deep. Layer 2's product of means is .25 as any, the
+    # mean of its products 0: what it complies with is incoherent.
+    assert select_layers(compliance, coherence, kl, n_layers=5) == [3, 0, 2]
+    assert select_layers(compliance, coherence, kl, n_layers=6) == [4, 3, 0, 2]
+    assert select_layers(compliance, coherence, kl, n_layers=5, max_kl=1) == [1, 3, 0, 2]
+    assert select_layers(compliance, coherence, kl[:, None] * [2, 0], n_layers=5) == [3, 0, 2]
+    assert select_layers(compliance, coherence, kl, n_layers=5, induction=[1, 1, 1, -1, 1]) == [0, 2]
+    assert select_layers(compliance, coherence, kl + 1, n_layers=5) == []
+    compliance[3, 0], kl[0] = np.nan, np.nan
+    assert select_layers(compliance, coherence, kl, n_layers=5) == [2]
+    with pytest.raises(ValueError, match=r"must be \[layer, prompt\] and kl \[layer, ...\]"):
+        select_layers(compliance, coherence[:4], kl, n_layers=5)
+
+
+def test_behavioural_rank_is_the_smallest_that_passes_all_three():
+    ks = [1, 2, 3, 5]
+    compliance, coherence = [0.2, 0.9, 0.85, 0.95], [1.0, 0.8, 0.95, 0.95]
+    kl = [0.0, 0.0, 0.1, 0.05]
+    assert behavioural_rank(ks, compliance, coherence, kl) == 3
+    assert behavioural_rank(ks, compliance, coherence, [0, 0, 0.2, 0.05]) == 5
+    assert behavioural_rank(ks, compliance, coherence, [0.2] * 4) is None
+    assert behavioural_rank(ks[::-1], compliance[::-1], coherence[::-1], kl[::-1]) == 3
+    assert behavioural_rank(ks, compliance, coherence, [0, 0, np.nan, np.nan]) is None
+
+
+def test_controls_are_scaled_to_the_kl_of_the_subspace(llama):
+    target = first_token_kl(llama, PROMPTS, [Ablation("all", random_subspace(D, 6, 9))]).mean()
+    controls = [Ablation(f"random {seed}", random_subspace(D, 1, seed)) for seed in range(3)]
+    matched = kl_matched(llama, PROMPTS, controls, target)
+    assert [m.name for m in matched] == [c.name for c in controls]
+    assert all(torch.equal(m.basis, c.basis) for m, c in zip(matched, controls, strict=True))
+    kl = first_token_kl(llama, PROMPTS, matched).mean(-1)
+    np.testing.assert_allclose(kl, target, rtol=0.06)
+    assert np.abs(first_token_kl(llama, PROMPTS, controls).mean(-1) / target - 1).min() > 0.06
+
+
+def test_control_that_cannot_reach_the_kl_is_named(llama):
+    controls = [Ablation("weak", random_subspace(D, 1, 0))]
+    with pytest.raises(
+        ValueError, match="'weak' does not reach a KL of 5 up to strength 0.01; raise max_str"
+    ):
+        kl_matched(llama, PROMPTS, controls, 5.0, max_strength=0.01)
+    with pytest.raises(ValueError, match="target 0.0: a KL to match must be above 0"):
+        kl_matched(llama, PROMPTS, controls, 0.0)
+
+
+# -- the weight edit -------------------------------------------------------------------------------
+
+
+def hooked_logits(model, ids, basis, strength=1.0, sites=("block_input", "attention", "mlp")):
+    with torch.no_grad(), model.trace(ids, use_cache=False):
+        for block in model.layers:
+            if "block_input" in sites:
+                remove_subspace(block.input, basis, strength)
+            if "attention" in sites:
+                remove_subspace(block.self_attn.o_proj.output, basis, strength)
+            if "mlp" in sites:
+                remove_subspace(block.mlp.output, basis, strength)
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def plain_logits(model, ids):
+    with torch.no_grad():
+        return model._module(input_ids=ids, use_cache=False).logits
+
+
+def parameters(model) -> dict[str, bytes]:
+    return {name: p.detach().numpy().tobytes() for name, p in model._module.state_dict().items()}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_at_all_sites_equal_the_weight_edit(family, tied, tmp_path):
+    model = load(str(save_tiny(family, tmp_path, chat=True, tied=tied)))
+    module, basis = model._module, random_subspace(D, 3, seed=4)
+    is_tied = module.get_input_embeddings().weight is module.get_output_embeddings().weight
+    assert is_tied == tied
+    ids = torch.tensor([[0, 5, 9, 4, 7, 30], [3, 2, 8, 8, 6, 1]])
+    before, bits = plain_logits(model, ids), parameters(model)
+    identities = {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)}
+
+    with orthogonalized(model, basis):
+        edited = plain_logits(model, ids)
+        changed = {name for name, value in parameters(model).items() if value != bits[name]}
+        streams = last_token_streams(model, PROMPTS)
+    torch.testing.assert_close(edited, hooked_logits(model, ids, basis), rtol=1e-4, atol=1e-4)
+    assert (edited - before).abs().max() > 0.1
+    assert (streams @ basis.T).abs().max() < 1e-4, "nothing writes to the subspace"
+    assert not [name for name in changed if "lm_head" in name]
+    if family == "gpt2":
+        assert {"transformer.wpe.weight", "transformer.h.0.attn.c_proj.bias"} <= changed
+
+    # Each of these is another intervention.
+    for different in (
+        hooked_logits(model, ids, basis, sites=("block_input",)),
+        hooked_logits(model, ids, basis, sites=("attention", "mlp")),
+    ):
+        assert (different - edited).abs().max() > 1e-2
+    with orthogonalized(model, basis, strength=0.5):
+        half = plain_logits(model, ids)
+    assert (half - hooked_logits(model, ids, basis, strength=0.5)).abs().max() > 1e-2
+
+    assert parameters(model) == bits, "restored bit for bit"
+    assert {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)} == identities
+    assert torch.equal(plain_logits(model, ids), before)
+
+
+def test_edited_model_generates_what_hooks_generate(llama):
+    basis = random_subspace(D, 3, seed=4)
+    hooked = generate(llama, PROMPTS, [Ablation("hooks", basis)], max_new_tokens=6)[0]
+    intact = [Ablation("intact", torch.zeros(0, D))]
+    with orthogonalized(llama, basis):
+        assert generate(llama, PROMPTS, intact, max_new_tokens=6)[0] == hooked
+    assert generate(llama, PROMPTS, intact, max_new_tokens=6)[0] != hooked
+
+
+def test_edit_is_undone_after_an_error_and_keeps_out_of_the_cache(llama, tmp_path):
+    bits, origin, cache = parameters(llama), provenance(llama), Cache(tmp_path)
+    intact, basis = [Ablation("intact", torch.zeros(0, D))], random_subspace(D, 3, seed=4)
+    plain = generate(llama, PROMPTS, intact, max_new_tokens=6, cache=cache)
+    with pytest.raises(RuntimeError, match="stop"), orthogonalized(llama, basis):
+        assert generate(llama, PROMPTS, intact, max_new_tokens=6, cache=cache) != plain
+        raise RuntimeError("stop")
+    assert parameters(llama) == bits and provenance(llama) == origin
+    assert generate(llama, PROMPTS, intact, max_new_tokens=6, cache=cache) == plain
+
+
+def test_basis_that_does_not_fit_is_named_and_nothing_edited(llama):
+    bits = parameters(llama)
+    with pytest.raises(ValueError, match="not orthonormal"), orthogonalized(llama, torch.ones(2, D)):
+        pass
+    with pytest.raises(ValueError, match="basis has 8 dimensions, .* stream 32"):
+        with orthogonalized(llama, torch.eye(8)[:2]):
+            pass
+    assert parameters(llama) == bits
