@@ -184,9 +184,9 @@ def _one_condition(model, ids, walks, graph, word_ids, condition) -> float:
 def _floor(model, ids, walks, graph, word_ids, conditions) -> float:
     import torch
 
-    from lib import interventions
+    from lib.batches import auto_batch_size
 
-    size = interventions.auto_batch_size(model, ids.shape[1])
+    size = auto_batch_size(model, ids.shape[1])
     rows = ids.repeat(len(conditions), 1)
     with torch.no_grad():
         for batch in rows.split(size):

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lib.models import TransformersModel, eager_attention, shape
+from lib.batches import Batches
+from lib.models import TransformersModel, eager_attention
 
 
-class HeadScores(NamedTuple):
-    """Mean attention of every head on the diagonals that name head types.
+@dataclass(frozen=True)
+class HeadScores:
+    """Attention of every head on repeated random tokens, and the scores that name head types.
+
+    Every score is the mean attention on one diagonal, over sequences [layer, head].
 
     Attributes:
-        previous_token: on offset -1 [layer, head].
-        induction: from the second copy of a token to the token after its first copy [layer, head].
-        duplicate_token: from the second copy of a token to its first copy [layer, head].
-        anti_induction: from the second copy to the token before the first copy [layer, head].
-        spectrum: on every offset; `spectrum[..., k]` is the mean attention k tokens back
-            [layer, head, offset].
+        spectra: mean attention of each sequence on every offset, float32: `spectra[..., k]` is that k
+            tokens back [sequence, layer, head, offset].
+        period: of the repetition (tokens).
     """
 
-    previous_token: np.ndarray
-    induction: np.ndarray
-    duplicate_token: np.ndarray
-    anti_induction: np.ndarray
-    spectrum: np.ndarray
+    spectra: np.ndarray
+    period: int
+
+    @property
+    def spectrum(self) -> np.ndarray:
+        """Mean of the spectra over sequences [layer, head, offset], float64."""
+        return self.spectra.mean(axis=0, dtype=np.float64)
+
+    @property
+    def previous_token(self) -> np.ndarray:
+        """One token back."""
+        return self.spectrum[..., 1]
+
+    @property
+    def induction(self) -> np.ndarray:
+        """From the second copy of a token to the token after its first copy."""
+        return self.spectrum[..., self.period - 1]
+
+    @property
+    def duplicate_token(self) -> np.ndarray:
+        """From the second copy of a token to its first copy."""
+        return self.spectrum[..., self.period]
+
+    @property
+    def anti_induction(self) -> np.ndarray:
+        """From the second copy of a token to the token before its first copy."""
+        return self.spectrum[..., self.period + 1]
 
 
 def repeated_random_tokens(
@@ -39,36 +62,34 @@ def repeated_random_tokens(
     return np.concatenate([half, half], axis=1)
 
 
-def attention_spectrum(
+def attention_spectra(
     model: TransformersModel, ids: torch.Tensor, *, n_prefix: int = 0, batch_size: int = 32
 ) -> np.ndarray:
-    """Mean attention probability on every offset, for every head.
+    """Mean attention probability on every offset, for every sequence and head.
 
     Args:
         model: from `lib.models.load`.
         ids: token ids, no padding [sequence, token].
         n_prefix: leading tokens (BOS) dropped, as query and as key, before averaging.
-        batch_size: sequences a forward.
+        batch_size: sequences a forward. Halved when memory runs out.
 
     Returns:
-        [layer, head, offset]: entry k is the mean over sequences and positions t >= k of the attention
+        [sequence, layer, head, offset], float32: entry k is the mean over positions t >= k of the attention
         from t to t - k.
 
     Raises:
         RuntimeError: the model returned no attention probabilities.
     """
-    n_layers, n_heads = shape(model).n_layers, shape(model).n_heads
-    length = ids.shape[1] - n_prefix
-    total = torch.zeros(n_layers, n_heads, length, dtype=torch.float64)
-    for rows in ids.split(batch_size):
-        rows = rows.to(model.device)
-        with eager_attention(model), torch.no_grad(), model.trace(rows, use_cache=False) as tracer:
-            sums = [_offset_sums(block.self_attn.output[1], n_prefix) for block in model.layers]
-            batch = torch.stack(sums).cpu().save()
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
+            means = [_offset_means(block.self_attn.output[1], n_prefix) for block in model.layers]
+            part = torch.stack(means, dim=1).cpu().save()
             tracer.stop()
-        total += batch
-    positions = torch.arange(length, 0, -1)  # an offset of k has length - k query positions
-    return (total / (len(ids) * positions)).numpy()
+        return part
+
+    with eager_attention(model):
+        return torch.cat(list(Batches(batch_size).map(run, ids))).numpy()
 
 
 def head_scores(
@@ -91,23 +112,15 @@ def head_scores(
         tokens: ids to draw from.
         n_sequences, period, seed: the stimulus.
         bos: id to prepend, or None.
-        batch_size: sequences a forward.
+        batch_size: sequences a forward. Halved when memory runs out.
 
     Returns:
         HeadScores, each score a mean over the whole diagonal, so the induction
         score includes the last token of the first copy (it attends to the first).
     """
-    ids = torch.from_numpy(repeated_random_tokens(tokens, n_sequences, period, seed))
-    if bos is not None:
-        ids = torch.cat([torch.full((len(ids), 1), bos), ids], dim=1)
-    spectrum = attention_spectrum(model, ids, n_prefix=0 if bos is None else 1, batch_size=batch_size)
-    return HeadScores(
-        previous_token=spectrum[..., 1],
-        induction=spectrum[..., period - 1],
-        duplicate_token=spectrum[..., period],
-        anti_induction=spectrum[..., period + 1],
-        spectrum=spectrum,
-    )
+    ids = _repeated(tokens, n_sequences, period, seed, bos)
+    spectra = attention_spectra(model, ids, n_prefix=0 if bos is None else 1, batch_size=batch_size)
+    return HeadScores(spectra, period)
 
 
 def second_copy_loss(
@@ -118,19 +131,24 @@ def second_copy_loss(
     period: int = 32,
     seed: int = 0,
     bos: int | None = None,
+    batch_size: int = 32,
 ) -> float:
     """Mean cross-entropy (nats) on the second copy of repeated random tokens, without its first token.
 
-    The stimulus of `head_scores`. A uniform guess over `tokens` has log(len(tokens)), a model that copies
-    less.
+    The stimulus and arguments of `head_scores`. A uniform guess over `tokens` has log(len(tokens)), a model
+    that copies less.
     """
-    ids = torch.from_numpy(repeated_random_tokens(tokens, n_sequences, period, seed))
-    if bos is not None:
-        ids = torch.cat([torch.full((len(ids), 1), bos), ids], dim=1)
-    with torch.no_grad(), model.trace(ids.to(model.device), use_cache=False):
-        # Logits at a token predict the next one; the first token of the second copy comes as a surprise.
-        logits = model.lm_head.output[:, -period:-1].float().cpu().save()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -period + 1 :].flatten()).item()
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False):
+            # Logits at a token predict the next one; the first token of the second copy comes as a surprise.
+            logits = model.lm_head.output[:, -period:-1].float().cpu().save()
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), rows[:, -period + 1 :].flatten(), reduction="none"
+        )
+
+    ids = _repeated(tokens, n_sequences, period, seed, bos)
+    return torch.cat(list(Batches(batch_size).map(run, ids))).mean().item()
 
 
 def top_heads(scores: np.ndarray, k: int | None = None) -> list[tuple[int, int]]:
@@ -143,14 +161,18 @@ def top_heads(scores: np.ndarray, k: int | None = None) -> list[tuple[int, int]]
     return [(int(i // scores.shape[1]), int(i % scores.shape[1])) for i in order]
 
 
-def _offset_sums(attention: torch.Tensor | None, n_prefix: int) -> torch.Tensor:
-    """Sum of the attention over batch and positions, by offset [head, offset]."""
+def _repeated(
+    tokens: Sequence[int], n_sequences: int, period: int, seed: int, bos: int | None
+) -> torch.Tensor:
+    """Token ids of repeated random tokens, behind `bos` if there is one [sequence, prefix + token]."""
+    ids = torch.from_numpy(repeated_random_tokens(tokens, n_sequences, period, seed))
+    return ids if bos is None else torch.nn.functional.pad(ids, (1, 0), value=bos)
+
+
+def _offset_means(attention: torch.Tensor | None, n_prefix: int) -> torch.Tensor:
+    """Mean of attention [batch, head, query, key] over the positions of each offset [batch, head, offset]."""
     if attention is None:
         raise RuntimeError("this model returned no attention probabilities: load it with eager attention")
-    map_sum = attention[:, :, n_prefix:, n_prefix:].float().sum(0)  # [head, query, key]
-    length = map_sum.shape[-1]
-    query = torch.arange(length, device=map_sum.device)
-    offset = query[:, None] - query[None]
-    causal = offset >= 0
-    sums = map_sum.new_zeros(map_sum.shape[0], length)
-    return sums.index_add_(1, offset[causal], map_sum[:, causal])
+    rows = attention[:, :, n_prefix:, n_prefix:].float()
+    diagonals = [rows.diagonal(-offset, dim1=-2, dim2=-1).mean(-1) for offset in range(rows.shape[-1])]
+    return torch.stack(diagonals, dim=-1)

@@ -18,6 +18,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from lib.batches import Batches, auto_batch_size
 from lib.models import TransformersModel, provenance, shape
 from lib.record import Cache
 
@@ -119,8 +120,8 @@ def mean_head_outputs(
         [layer, head, d_head], float32.
     """
     sizes = shape(model)
-    total = torch.zeros(sizes.n_layers, sizes.n_heads, sizes.d_head, dtype=torch.float64)
-    for rows in ids.split(batch_size or auto_batch_size(model, ids.shape[1])):
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
             sums = [
                 block.self_attn.o_proj.input[:, n_prefix:]
@@ -129,9 +130,12 @@ def mean_head_outputs(
                 .sum((0, 1))
                 for block in model.layers
             ]
-            batch = torch.stack(sums).cpu().save()
+            part = torch.stack(sums).cpu().double().save()
             tracer.stop()
-        total += batch
+        return part
+
+    batches = Batches(batch_size or auto_batch_size(model, ids.shape[1]))
+    total = sum(batches.map(run, ids))
     return (total / (len(ids) * (ids.shape[1] - n_prefix))).float()
 
 
@@ -215,16 +219,19 @@ def layer_class_sums(
         output of the last block.
     """
     check_length(model, ids.shape[1])
-    groups, parts = torch.from_numpy(labels), []
-    size = batch_size or auto_batch_size(model, ids.shape[1])
-    for rows, row_labels in zip(ids.split(size), groups.split(size), strict=True):
-        with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
-            sums = [class_sums(block.input[:, n_prefix:], row_labels, n_classes) for block in model.layers]
-            sums.append(class_sums(model.layers[-1].output[:, n_prefix:], row_labels, n_classes))
+    groups = torch.from_numpy(labels)
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        batch, of = ids[rows].to(model.device), groups[rows]
+        with torch.no_grad(), model.trace(batch, use_cache=False) as tracer:
+            sums = [class_sums(block.input[:, n_prefix:], of, n_classes) for block in model.layers]
+            sums.append(class_sums(model.layers[-1].output[:, n_prefix:], of, n_classes))
             part = torch.stack(sums).cpu().save()
             tracer.stop()
-        parts.append(part)
-    return torch.cat(parts, dim=1).numpy()
+        return part
+
+    batches = Batches(batch_size or auto_batch_size(model, ids.shape[1]))
+    return torch.cat(list(batches.map(run, torch.arange(len(ids)))), dim=1).numpy()
 
 
 def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> torch.Tensor:
@@ -244,27 +251,30 @@ def word_probabilities(
     Args:
         final_stream: `model.norm.output` [batch, token, d_model].
         word_ids: [word].
-        max_logits: logits that may exist at a time, taken by slices of the vocabulary; 0 is 1 million (4 MB
-            in float32) on a CPU and 128 million elsewhere.
+        max_logits: logits that may exist at a time, taken by slices of the vocabulary; 0 is half a million
+            (2 MB in float32) on a CPU and 128 million elsewhere.
 
     Returns:
         [batch, token, word], float32: exp of the word's logit minus the log-sum-exp over the vocabulary.
     """
     stream, unembedding = final_stream.flatten(0, 1), model.lm_head._module
     weight, bias = unembedding.weight, unembedding.bias
+    max_logits = max_logits or (2**19 if stream.device.type == "cpu" else 2**27)
+    size = min(len(weight), max(1, max_logits // len(stream)))
+    # One buffer for all slices: to allocate and free each of them scatters the heap, and the process grows.
+    buffer = stream.new_empty(len(stream), size)
+    sums = torch.empty(len(stream), -(-len(weight) // size), device=stream.device)  # [token, slice]
 
-    def logits(rows: slice | torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(stream, weight[rows], None if bias is None else bias[rows]).float()
+    def logits(rows: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        torch.mm(stream, weight[rows].T, out=out)
+        return (out if bias is None else out.add_(bias[rows])).float()
 
-    max_logits = max_logits or (2**20 if stream.device.type == "cpu" else 2**27)
-    size = max(1, max_logits // len(stream))
-    parts = []
-    for start in range(0, len(weight), size):
-        part = logits(slice(start, start + size))
-        # Log-sum-exp of the slice from its fused log-softmax, which is many times faster on a CPU.
-        parts.append(part[:, 0] - part.log_softmax(-1)[:, 0])
-    total = torch.stack(parts, dim=-1).logsumexp(-1, keepdim=True)
-    return (logits(word_ids) - total).exp().unflatten(0, final_stream.shape[:2])
+    for i, start in enumerate(range(0, len(weight), size)):
+        part = logits(slice(start, start + size), buffer[:, : len(weight) - start])
+        highest = part.amax(-1)
+        sums[:, i] = part.sub_(highest[:, None]).exp_().sum(-1).log_().add_(highest)
+    of_words = logits(word_ids, stream.new_empty(len(stream), len(word_ids)))
+    return (of_words - sums.logsumexp(-1, keepdim=True)).exp().unflatten(0, final_stream.shape[:2])
 
 
 def ablation_sweep(
@@ -315,7 +325,9 @@ def ablation_sweep(
             masks[i, layer_index, head] = True
     plan = _Plan(masks)
     rows_per_batch = batch_size or auto_batch_size(model, ids.shape[1])
-    reader = _Reader(model, ids, word_ids, torch.from_numpy(labels), n_classes, layer, n_prefix, fill, plan)
+    reader = _Reader(
+        model, ids, word_ids, torch.from_numpy(labels), n_classes, layer, n_prefix, fill, plan, rows_per_batch
+    )
     key = {
         "model": provenance(model),
         "ids": ids.numpy(),
@@ -326,8 +338,11 @@ def ablation_sweep(
         "rows_per_batch": rows_per_batch,
     }
 
-    probabilities = np.empty((len(unique), *labels.shape, len(word_ids)), dtype=np.float32)
-    sums = np.empty((len(unique), len(ids), n_classes, sizes.d_model), dtype=np.float32)
+    # Where the results of each set of heads go. A baseline that nobody asked for comes last, and is cut off.
+    n = len(conditions)
+    places = [[i for i in range(n) if conditions[i].heads == heads] or [n] for heads in unique]
+    probabilities = np.empty((n + 1, *labels.shape, len(word_ids)), dtype=np.float32)
+    sums = np.empty((n + 1, len(ids), n_classes, sizes.d_model), dtype=np.float32)
     # Few sequences at a time, because the streams that other rows start from are kept for all of them.
     for sequences in _chunks(range(len(ids)), min(rows_per_batch, 16)):
         batches = plan.batches(sequences, rows_per_batch)
@@ -336,35 +351,17 @@ def ablation_sweep(
             rows = {"rows": [(sorted(unique[i]), sequence) for i, sequence in batch]}
             run = partial(reader.run, batch)
             measured = cache.get("ablation_sweep", key | rows, run) if cache else run()
-            condition, sequence = np.array(batch).T
-            probabilities[condition, sequence] = measured["probabilities"]
-            if plan.starts[condition[0]] <= layer:
-                sums[condition, sequence] = measured["class_sums"]
-            else:  # the row differs from its parent above the read layer only
-                sums[condition, sequence] = sums[np.array(plan.parents)[condition], sequence]
+            for row, (i, sequence) in enumerate(batch):
+                probabilities[places[i], sequence] = measured["probabilities"][row]
+                if plan.starts[i] <= layer:
+                    sums[places[i], sequence] = measured["class_sums"][row]
+                else:  # the row differs from its parent above the read layer only
+                    sums[places[i], sequence] = sums[places[plan.parents[i]][0], sequence]
             reader.release(batch)
 
-    order = [unique.index(condition.heads) for condition in conditions]
     counts = (labels[..., None] == np.arange(n_classes)).sum(1)
-    work = sum(sizes.n_layers - start for start in plan.starts), sizes.n_layers * len(conditions)
-    return Sweep(tuple(conditions), probabilities[order], sums[order], counts, work[0] / work[1])
-
-
-def auto_batch_size(model: TransformersModel, length: int) -> int:
-    """Rows a forward whose activations take half of a GPU's free memory, or on a CPU 8 MB.
-
-    More rows make no forward faster on a CPU once there are some hundred tokens in it: they only leave
-    its cache.
-    """
-    config = model._module.config
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    parameter = next(model._module.parameters())
-    row_bytes = length * (8 * config.hidden_size + 4 * width) * parameter.element_size()
-    budget = 2**23
-    if parameter.device.type == "cuda":
-        budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
-    # Powers of two: free memory that varies a little does not make other batches, which no cache holds.
-    return 1 << min(6, max(1, budget // row_bytes).bit_length() - 1)
+    work = sum(sizes.n_layers - start for start in plan.starts) / (sizes.n_layers * n)
+    return Sweep(tuple(conditions), probabilities[:n], sums[:n], counts, work)
 
 
 def check_length(model: TransformersModel, length: int) -> None:
@@ -415,11 +412,12 @@ class _Plan:
 class _Reader:
     """Runs batches of (condition, sequence) rows, and keeps the streams that later rows start from."""
 
-    def __init__(self, model, ids, word_ids, labels, n_classes, layer, n_prefix, fill, plan: _Plan):
+    def __init__(
+        self, model, ids, word_ids, labels, n_classes, layer, n_prefix, fill, plan: _Plan, batch_size: int
+    ):
         self.model, self.ids, self.layer, self.n_prefix = model, ids, layer, n_prefix
         self.word_ids, self.labels, self.n_classes = torch.as_tensor(list(word_ids)), labels, n_classes
-        self.fill, self.plan = fill, plan
-        self.limit: int | None = None  # rows that are known to fit
+        self.fill, self.plan, self.batches = fill, plan, Batches(batch_size)
 
     def begin(self, batches: list[list[tuple[int, int]]]) -> None:
         """Take up another group of sequences, which these batches hold."""
@@ -436,22 +434,8 @@ class _Reader:
                 self.streams.pop(origin, None)
 
     def run(self, batch: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-        """Measure rows that all start at one block; halves the batch while memory runs out."""
-        pending, done = [batch], []
-        while pending:
-            rows = pending.pop(0)
-            if self.limit and len(rows) > self.limit:
-                pending[:0] = list(_chunks(rows, self.limit))
-                continue
-            try:
-                done.append(self._forward(rows))
-            except Exception as error:
-                if not _out_of_memory(error) or len(rows) == 1:
-                    raise
-                self.limit = len(rows) // 2
-                pending.insert(0, rows)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+        """Measure rows that all start at one block."""
+        done = list(self.batches.map(self._forward, batch))
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
     def _forward(self, rows: list[tuple[int, int]]) -> dict[str, np.ndarray]:
@@ -465,7 +449,11 @@ class _Reader:
         entry = None
         if first:
             entry = torch.stack([self._entry(row) for row in rows]).to(device)
-        kept = set().union(*(plan.wanted[i] for i in condition))
+        # Rows whose stream others start from, by layer.
+        kept = {
+            index: [row for row, i in enumerate(condition) if index in plan.wanted[i]]
+            for index in set().union(*(plan.wanted[i] for i in condition))
+        }
 
         with torch.no_grad(), model.trace(ids, use_cache=False) as tracer:
             streams, sums = {}, None
@@ -474,7 +462,7 @@ class _Reader:
                     block.skip(entry)
                     continue
                 if index in kept:
-                    streams[index] = block.input.cpu()
+                    streams[index] = block.input[kept[index]].cpu()
                 if index == self.layer:
                     sums = class_sums(block.input[:, n_prefix:], labels, self.n_classes).cpu()
                 if ablated[index]:
@@ -484,9 +472,8 @@ class _Reader:
             tracer.stop()
 
         for index, stream in measured["streams"].items():
-            for row, (i, j) in enumerate(rows):
-                if index in plan.wanted[i]:
-                    self.streams[i, j, index] = stream[row]
+            for row, kept_stream in zip(kept[index], stream, strict=True):
+                self.streams[*rows[row], index] = kept_stream
         sums = measured["class_sums"]
         return {
             "probabilities": measured["probabilities"].numpy(),
@@ -522,12 +509,3 @@ def _of_layer(heads: list[Head], layer: int) -> list[Head]:
 def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
     for i in range(0, len(items), size):
         yield items[i : i + size]
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "out of memory" in text
-        or "can't allocate memory" in text
-    )

@@ -9,7 +9,7 @@ from tiny import FAMILIES, VOCABULARY, save_tiny, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.attention import (
-    attention_spectrum,
+    attention_spectra,
     head_scores,
     repeated_random_tokens,
     second_copy_loss,
@@ -65,12 +65,25 @@ def test_attention_implementation_is_restored(tmp_path):
     assert model._module.config._attn_implementation == "sdpa"
 
 
-def test_attention_rows_of_the_spectrum_sum_to_one(tmp_path):
+def test_attention_rows_of_every_spectrum_sum_to_one(tmp_path):
     """Without a prefix every row sums to one, so offsets weighted by their number of rows do too."""
     model = load(str(save_tiny("llama", tmp_path / "llama")))
-    spectrum = attention_spectrum(model, torch.randint(2, 30, (3, 10)))
+    spectra = attention_spectra(model, torch.randint(2, 30, (3, 10)))
+    assert spectra.shape == (3, 3, 4, 10)
     rows = np.arange(10, 0, -1)
-    np.testing.assert_allclose((spectrum * rows).sum(-1), 10, rtol=1e-5)
+    np.testing.assert_allclose((spectra * rows).sum(-1), 10, rtol=1e-5)
+
+
+def test_spectra_are_those_of_each_sequence_alone(tmp_path):
+    model = load(str(save_tiny("llama", tmp_path / "llama")))
+    scores = head_scores(model, range(2, 30), n_sequences=4, period=PERIOD, bos=0)
+    ids = np.pad(repeated_random_tokens(range(2, 30), 4, PERIOD), ((0, 0), (1, 0)))
+    for row, spectra in zip(torch.from_numpy(ids), scores.spectra, strict=True):
+        alone = attention_spectra(model, row[None], n_prefix=1)[0]
+        np.testing.assert_allclose(spectra, alone, rtol=1e-4, atol=1e-7)
+    of_sequences = scores.spectra[..., PERIOD - 1]  # [sequence, layer, head]
+    assert np.ptp(of_sequences, axis=0).max() > 1e-3  # they differ, so there is an interval
+    np.testing.assert_allclose(scores.induction, of_sequences.mean(0), rtol=1e-5)
 
 
 def planted_induction_circuit(n_tokens: int = 48, n_positions: int = 32) -> GPT2LMHeadModel:

@@ -156,17 +156,33 @@ def test_class_sums_ignore_negative_labels():
     assert (sums[:, 2] == 0).all()
 
 
-def test_word_probabilities_do_not_depend_on_the_chunk(llama):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_word_probabilities_do_not_depend_on_the_chunk(tmp_path, dtype):
     ids, _ = stimulus()
+    model = load(str(save_tiny("llama", tmp_path)))
+    model._module.to(getattr(torch, dtype))
     found = []
     for max_logits in (1, 7 * VOCABULARY, 10**9):
-        with torch.no_grad(), llama.trace(ids, use_cache=False):
+        with torch.no_grad(), model.trace(ids, use_cache=False):
             found.append(
-                word_probabilities(llama, llama.norm.output, torch.tensor([2, 9]), max_logits).save()
+                word_probabilities(model, model.norm.output, torch.tensor([2, 9]), max_logits).save()
             )
-    expected = llama._module(input_ids=ids).logits.softmax(-1)[..., [2, 9]]
+    expected = model._module(input_ids=ids).logits.float().softmax(-1)[..., [2, 9]]
     for probabilities in found:
         torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_word_probabilities_with_a_bias_and_of_logits_beyond_exp(tmp_path):
+    ids, _ = stimulus()
+    model = load(str(save_tiny("llama", tmp_path)))
+    head = model._module.lm_head
+    head.weight.mul_(100)
+    head.bias = torch.nn.Parameter(100 * torch.randn(VOCABULARY), requires_grad=False)
+    with torch.no_grad(), model.trace(ids, use_cache=False):
+        found = word_probabilities(model, model.norm.output, torch.arange(VOCABULARY), 100).save()
+    logits = model._module(input_ids=ids).logits
+    assert logits.exp().isinf().any()
+    torch.testing.assert_close(found, logits.softmax(-1), rtol=1e-3, atol=1e-6)
 
 
 def test_absent_class_is_nan_not_zero(llama):
@@ -262,26 +278,18 @@ def test_sequences_beyond_the_positions_are_refused(llama):
         )
 
 
-def test_batch_halves_when_memory_runs_out(llama, monkeypatch):
-    """A forward that refuses more than two rows, as a full card does."""
+def test_baseline_that_is_not_asked_for_and_repeated_sets(llama):
+    """Sets in any order, one twice, and none that starts the others."""
     ids, labels = stimulus()
-    arguments = dict(word_ids=[2, 3], labels=labels, n_classes=N_CLASSES, layer=LAYER)
-    expected = ablation_sweep(llama, ids, CONDITIONS, batch_size=1, **arguments)
-    sizes = []
-
-    def refuse(_, args):
-        sizes.append(args[0].shape[0])
-        if args[0].shape[0] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
-
-    handle = llama._module.model.layers[2].register_forward_pre_hook(refuse)
-    try:
-        sweep = ablation_sweep(llama, ids, CONDITIONS, batch_size=9, **arguments)
-    finally:
-        handle.remove()
-    assert max(sizes) > 2 and min(sizes) <= 2
-    np.testing.assert_allclose(sweep.word_probabilities, expected.word_probabilities, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(sweep.class_sums, expected.class_sums, rtol=1e-4, atol=1e-5)
+    arguments = dict(word_ids=[2, 3], labels=labels, n_classes=N_CLASSES)
+    for layer in range(3):
+        whole = ablation_sweep(llama, ids, CONDITIONS, layer=layer, **arguments)
+        order = [4, 1, 3, 2]
+        part = ablation_sweep(llama, ids, [CONDITIONS[i] for i in order], layer=layer, **arguments)
+        chosen = whole.select(order)
+        assert part.conditions == chosen.conditions
+        np.testing.assert_allclose(part.word_probabilities, chosen.word_probabilities, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(part.class_sums, chosen.class_sums, rtol=1e-4, atol=1e-5)
 
 
 def test_cached_sweep_is_the_same_and_runs_nothing(llama, tmp_path):

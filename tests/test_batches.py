@@ -1,0 +1,120 @@
+"""Every batched measurement goes on with smaller batches when memory runs out, and measures the same."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny
+
+from lib.attention import attention_spectra, head_scores, second_copy_loss
+from lib.batches import Batches, auto_batch_size
+from lib.interventions import Condition, ablation_sweep, layer_class_sums, mean_head_outputs
+from lib.models import load
+
+N_CLASSES, LENGTH = 5, 12
+LABELS = np.random.default_rng(1).integers(0, N_CLASSES, size=(7, LENGTH))
+IDS = torch.from_numpy(np.pad(LABELS + 2, ((0, 0), (1, 0))))
+CONDITIONS = [
+    Condition("baseline"),
+    Condition("one late", [(2, 1)]),
+    Condition("two layers", [(1, 0), (2, 3)]),
+    Condition("first layer", [(0, 2), (2, 0)]),
+]
+STIMULUS = dict(n_sequences=7, period=6, bos=0)
+
+
+def sweep(model, batch_size, fill=None):
+    found = ablation_sweep(
+        model, IDS, CONDITIONS, word_ids=[2, 3], labels=LABELS, n_classes=N_CLASSES, layer=2, fill=fill,
+        batch_size=batch_size,
+    )  # fmt: skip
+    return np.concatenate([found.word_probabilities.ravel(), found.class_sums.ravel()])
+
+
+MEASUREMENTS = {
+    "ablation_sweep": sweep,
+    "ablation_sweep, mean": lambda model, n: sweep(model, n, fill=torch.ones(3, 4, 8)),
+    "mean_head_outputs": lambda model, n: mean_head_outputs(model, IDS, batch_size=n).numpy(),
+    "layer_class_sums": lambda model, n: layer_class_sums(model, IDS, LABELS, N_CLASSES, batch_size=n),
+    "attention_spectra": lambda model, n: attention_spectra(model, IDS, n_prefix=1, batch_size=n),
+    "head_scores": lambda model, n: head_scores(model, range(2, 30), **STIMULUS, batch_size=n).induction,
+    "second_copy_loss": lambda model, n: second_copy_loss(model, range(2, 30), **STIMULUS, batch_size=n),
+}
+each_measurement = pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=MEASUREMENTS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(str(save_tiny("llama", tmp_path_factory.mktemp("llama"))))
+
+
+@contextmanager
+def memory_for(model, most: int, error=torch.OutOfMemoryError, message="CUDA out of memory (pretended)"):
+    """The last block of the model has room for `most` rows; gives the numbers of rows that came there."""
+    sizes = []
+
+    def refuse(_, args):
+        sizes.append(len(args[0]))
+        if sizes[-1] > most:
+            raise error(message)
+
+    handle = model._module.model.layers[2].register_forward_pre_hook(refuse)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+@each_measurement
+def test_batch_halves_when_memory_runs_out(model, measure):
+    one_by_one, whole = measure(model, 1), measure(model, 7)
+    with memory_for(model, 2) as sizes:
+        found = measure(model, 7)
+    for expected in (one_by_one, whole):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    refused = [size for size in sizes if size > 2]
+    assert refused == [7, 3], "no batch is tried at a size that did not fit before"
+    assert max(sizes[2:]) <= 2
+
+
+@each_measurement
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(torch.OutOfMemoryError, "CUDA out of memory"), (RuntimeError, "can't allocate memory: you tried")],
+)
+def test_row_that_does_not_fit_alone_is_an_error(model, measure, error, message):
+    with memory_for(model, 0, error, message) as sizes, pytest.raises(error, match=message):
+        measure(model, 7)
+    assert sizes == [7, 3, 1]
+    assert model._module.config._attn_implementation == "sdpa"  # as it was found
+
+
+@each_measurement
+def test_other_errors_are_not_tried_again(model, measure):
+    with memory_for(model, 0, ValueError, "shapes") as sizes, pytest.raises(ValueError, match="shapes"):
+        measure(model, 7)
+    assert sizes == [7]
+
+
+def test_results_come_in_order_and_the_size_stays_halved():
+    tried = []
+
+    def run(rows):
+        tried.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError
+        return list(rows)
+
+    batches = Batches(8)
+    assert list(batches.map(run, range(10))) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert tried == [8, 4, 2, 2, 2, 2, 2] and batches.size == 2
+    assert list(batches.map(run, "abc")) == [["a", "b"], ["c"]]
+    assert list(batches.map(run, [])) == []
+
+
+def test_more_memory_means_no_batch_beyond_64_and_at_least_one_row(model):
+    sizes = [auto_batch_size(model, length) for length in (1, 50, 1000, 10**6)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 1
