@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from lib.interventions import _out_of_memory
+from lib.batches import Batches
 from lib.models import ModelError, TransformersModel, provenance, shape
 from lib.record import Cache
 
@@ -244,19 +244,17 @@ def last_token_streams(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = torch.empty(len(prompts), shape(model).n_layers + 1, shape(model).d_model)
 
-    def read(rows: list[int]) -> np.ndarray:
+    def read(rows: list[int]) -> torch.Tensor:
         inputs = _padded(model, [prompts[i] for i in rows])
         if padding in ("right", "left-unmasked"):
             inputs = _wrongly_padded(model, [prompts[i] for i in rows], longest, padding)
-        with torch.no_grad(), model.trace(**inputs, use_cache=False) as tracer:
+        with torch.no_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=1):
             streams = [block.input[:, -1] for block in model.layers]
             streams.append(model.layers[-1].output[:, -1])
             at_last = torch.stack(streams, dim=1).float().cpu().save()
-            tracer.stop()
-        return at_last.numpy()
+        return at_last
 
-    for rows in _chunks(order, size):
-        found[rows] = torch.from_numpy(_halving(read, rows))
+    found[order] = torch.cat(list(Batches(size).map(read, order)))
     return found
 
 
@@ -460,7 +458,7 @@ def _forward(
 ) -> torch.Tensor:
     """Logits of the next token [row, vocabulary] under the edits; block `first` reads `entry`."""
     removed, options = edits.removed, {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    with torch.no_grad(), model.trace(**inputs, **options) as tracer:
+    with torch.no_grad(), model.trace(**inputs, **options):
         for index, block in enumerate(model.layers):
             if index < first:
                 block.skip(entry)
@@ -475,7 +473,6 @@ def _forward(
             if index in removed["mlp"]:
                 remove_subspace(block.mlp.output, *removed["mlp"][index])
         logits = model.lm_head.output[:, -1].float().save()
-        tracer.stop()
     return logits
 
 
@@ -484,9 +481,12 @@ def _read_below(
 ) -> tuple[DynamicCache, torch.Tensor]:
     """Keys and values of the blocks below a layer, and that block's input [row, token, d_model]."""
     cache = DynamicCache(config=model._module.config)
-    with torch.no_grad(), model.trace(**inputs, past_key_values=cache, use_cache=True) as tracer:
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    with torch.no_grad(), model.trace(**inputs, **options):
         stream = model.layers[layer].input.save()
-        tracer.stop()
+        # Not tracer.stop(): its exception holds on to all that its callers hold, until garbage is collected.
+        for block in model.layers[layer:]:
+            block.skip(stream)
     return cache, stream
 
 
@@ -533,37 +533,23 @@ def _over_rows(
     size = batch_size or auto_rows(model, max(lengths) + new_tokens)
     found: dict[tuple[str, int], np.ndarray] = {}
 
+    fitting = Batches(size)
+
     def run(batch: list[tuple[str, int]]) -> np.ndarray:
         return measure([prompts[j] for _, j in batch], [distinct[s] for s, _ in batch])
 
+    def compute(batch: list[tuple[str, int]]) -> dict[str, np.ndarray]:
+        return {"values": np.concatenate(list(fitting.map(run, batch)))}
+
     for batch in _batches(rows, [lengths[j] for _, j in rows], size):
-        compute = partial(_measured, run, batch)
         if cache:
             contents = [[s, [int(token) for token in prompts[j]]] for s, j in batch]
             full_key = key | {"model": provenance(model), "new_tokens": new_tokens, "rows": contents}
-            values = cache.get(name, full_key, compute)["values"]
+            values = cache.get(name, full_key, partial(compute, batch))["values"]
         else:
-            values = compute()["values"]
+            values = compute(batch)["values"]
         found.update(zip(batch, values, strict=True))
     return np.array([[found[s, j] for j in range(len(prompts))] for s in signatures])
-
-
-def _measured(run: Callable, rows: list) -> dict[str, np.ndarray]:
-    return {"values": _halving(run, rows)}
-
-
-def _halving(run: Callable[[list], np.ndarray], rows: list) -> np.ndarray:
-    """run(rows), in halves while memory runs out."""
-    try:
-        return run(rows)
-    except Exception as error:
-        if not _out_of_memory(error) or len(rows) == 1:
-            raise
-    # Outside the handler, whose traceback holds on to the tensors that did not fit.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = len(rows) // 2
-    return np.concatenate([_halving(run, rows[:half]), _halving(run, rows[half:])])
 
 
 def _batches(rows: list, lengths: list[int], size: int) -> Iterator[list]:
@@ -578,11 +564,6 @@ def _batches(rows: list, lengths: list[int], size: int) -> Iterator[list]:
             batch = []
         batch.append(row)
     yield batch
-
-
-def _chunks(items: list, size: int) -> Iterator[list]:
-    for i in range(0, len(items), size):
-        yield items[i : i + size]
 
 
 def _padded(model: TransformersModel, prompts: Sequence[Tokens]) -> dict[str, torch.Tensor]:
