@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import time
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import CHAT_MODELS, FAMILIES, VOCABULARY, save_chat, save_tiny
+from transformers import DynamicCache
 
 from lib import generation
 from lib.generation import (
@@ -137,8 +140,9 @@ def counted_rows(model, layer: int = 0):
         handle.remove()
 
 
-def test_generation_equals_transformers_under_hooks(model):
-    answers = generate(model, PROMPTS, CONDITIONS, max_new_tokens=NEW)
+@pytest.mark.parametrize("batch_size", [0, 8], ids=["one batch, padded", "batches of one length"])
+def test_generation_equals_transformers_under_hooks(model, batch_size):
+    answers = generate(model, PROMPTS, CONDITIONS, max_new_tokens=NEW, batch_size=batch_size)
     for condition, found in zip(CONDITIONS, answers, strict=True):
         assert found == one_by_one(model, PROMPTS, condition), condition.name
     changed = [found != answers[0] for found in answers]
@@ -421,6 +425,20 @@ def test_chat_models_of_the_published_table_run(name, tmp_path):
         assert found == one_by_one(model, prompts, condition, 12)
 
 
+def test_sliding_window_is_the_models_own(tmp_path):
+    """Phi-3 attends to a window; prompts that are longer than it, padded, shared and dropped all the same."""
+    model = load(str(save_chat("Phi-3-mini-4k-instruct", tmp_path)))
+    window = model._module.config.sliding_window
+    long = [[0, *(2 + i % 37 for i in range(seed, seed + n))] for seed, n in ((0, 70), (5, 50), (9, 75))]
+    assert len(long[0]) > window > len(long[1])
+    for conditions in ([CONDITIONS[0], CONDITIONS[2]], [CONDITIONS[8], CONDITIONS[9]]):
+        answers = generate(model, long, conditions, max_new_tokens=12)
+        for condition, found in zip(conditions, answers, strict=True):
+            assert found == one_by_one(model, long, condition, 12), condition.name
+    alone = last_token_streams(model, long, padding="none")
+    torch.testing.assert_close(last_token_streams(model, long), alone, rtol=1e-4, atol=1e-4)
+
+
 def test_prompt_is_rendered_as_the_template_says(llama):
     assert chat_ids(llama, ["apple bird", "egg"]) == [[0, 2, 3, 30], [0, 5, 30]]
 
@@ -497,6 +515,33 @@ def test_other_mistakes_are_named(llama):
     for tokens in ([], [VOCABULARY], [-1]):
         with pytest.raises(ValueError, match="must be one or more of 40 tokens"):
             refusal_scores(llama, PROMPTS, CONDITIONS[:1], tokens)
+
+
+def test_batches_end_where_longer_prompts_begin_once_half_full(llama):
+    lengths = [4] * 5 + [5] * 2 + [6] * 9 + [7]
+    batches = list(generation._batches(list(range(17)), lengths, 4))
+    assert [len(batch) for batch in batches] == [4, 3, 4, 4, 2]
+    assert sum(batches, []) == list(range(17))
+    assert "attention_mask" not in generation._padded(llama, [[1, 2], [3, 4]])
+    padded = generation._padded(llama, [[1, 2], [3]])
+    assert padded["input_ids"].tolist() == [[1, 2], [VOCABULARY - 1, 3]]
+    assert padded["attention_mask"].tolist() == [[1, 1], [0, 1]]
+    assert padded["position_ids"].tolist() == [[0, 1], [0, 0]]
+
+
+def test_nothing_outlives_its_batch(llama, monkeypatch):
+    """Keys and values go with their batch, not when garbage is collected: on a GPU they fill the memory."""
+    caches = []
+    monkeypatch.setattr(
+        generation, "DynamicCache", lambda **k: caches.append(weakref.ref(c := DynamicCache(**k))) or c
+    )
+    gc.disable()
+    try:
+        generate(llama, PROMPTS, CONDITIONS, max_new_tokens=3, batch_size=16)
+        first_token_kl(llama, PROMPTS, CONDITIONS[8:10])
+        assert len(caches) > 5 and not any(reference() for reference in caches)
+    finally:
+        gc.enable()
 
 
 def test_automatic_batches_are_powers_of_two(llama):

@@ -165,11 +165,11 @@ def test_random_in_top_activations_stays_there(generator):
 
 
 def test_layers_are_selected_by_the_mean_of_products_among_those_that_spare_harmless_prompts():
-    compliance = np.array([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0.5], [1, 1, 1, 1]])
+    compliance = np.array([[0.5, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0.5], [1, 1, 1, 1]])
     coherence = np.array([[1.0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
     kl = np.array([0.0, 0.5, 0.05, 0.1, 0.0])
-    # Layer 1 moves harmless prompts, layer 4 lies too deep. Layer 2's product of means is .25 as any, the
-    # mean of its products 0: what it complies with is incoherent.
+    # Layer 1 moves harmless prompts, layer 4 lies too deep. What layer 2 complies with is incoherent:
+    # the mean of its products is 0, below layer 0's .125, though the product of its means is .25.
     assert select_layers(compliance, coherence, kl, n_layers=5) == [3, 0, 2]
     assert select_layers(compliance, coherence, kl, n_layers=6) == [4, 3, 0, 2]
     assert select_layers(compliance, coherence, kl, n_layers=5, max_kl=1) == [1, 3, 0, 2]
