@@ -32,19 +32,23 @@ Measure = Callable[[list[Tokens], list["Ablation"]], np.ndarray]  # of one promp
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """One condition: a subspace taken out of the residual stream, x -> x - strength * P (x - center).
+    """One condition: a subspace taken out of the residual stream.
+
+    x -> x - strength * P (x - center) at block inputs, x -> x - strength * P x of what attention and MLP add:
+    at strength 1 the stream's projection is that of the center throughout.
 
     Attributes:
         name: what the subspace is.
         basis: orthonormal rows [k, d_model]; k = 0 leaves the model intact.
         strength: 1 removes the projection, less weakens it, 2 reflects it.
-        center: what the projection becomes instead of zero [d_model]; None is zero.
+        center: where the stream's projection goes instead of zero [d_model]; None is zero.
         sites: where, of "block_input", "attention" and "mlp" (what these add to the stream).
         layers: at which blocks; None is all.
         shift: (layer, vector [d_model]), added to that block's input at every token, after the removal there.
 
     Raises:
-        ValueError: rows that are not orthonormal, an unknown site, or an endless number.
+        ValueError: rows that are not orthonormal, an unknown site, an endless strength, or a center without
+            block inputs to move there.
     """
 
     name: str
@@ -74,6 +78,10 @@ class Ablation:
             )
         if not np.isfinite(self.strength):
             raise ValueError(f"condition {self.name!r}: strength {self.strength} is no number")
+        if self.center is not None and "block_input" not in self.sites:
+            raise ValueError(
+                f"condition {self.name!r}: center moves block inputs; add 'block_input' to sites or drop it"
+            )
 
     @property
     def removes(self) -> bool:
@@ -391,7 +399,8 @@ class _Edits:
     def _arrange(self) -> None:
         self.removed = {
             site: {
-                layer: (self._basis, self._strengths[active], self._center)
+                # What is added to the stream has no center: each block's input is moved there already.
+                layer: (self._basis, self._strengths[active], self._center if site == "block_input" else None)
                 for layer, active in layers.items()
             }
             for site, layers in self._active.items()

@@ -81,13 +81,13 @@ def hooks(module, condition: Ablation):
     layers = range(3) if condition.layers is None else condition.layers
     handles = []
 
-    def without(x):
+    def without(x, center=0.0):
         return x - condition.strength * (x - center) @ projection
 
     def before_block(_, args, index):
         x = args[0]
         if "block_input" in condition.sites and index in layers:
-            x = without(x)
+            x = without(x, center)
         if condition.shift and condition.shift[0] == index:
             x = x + condition.shift[1]
         return (x, *args[1:])
@@ -226,6 +226,21 @@ def test_first_token_measures_equal_hooks(model):
             share = after.exp()[tokens].sum()
             assert scores[c, j] == pytest.approx(float(torch.log(share) - torch.log1p(-share)), abs=1e-3)
     assert (kl[0] < 1e-6).all() and (kl[1:].max(1) > 1e-3).all()
+
+
+def test_affine_removal_leaves_the_center_in_the_stream(model):
+    basis, center, seen = random_basis(3, 3), vector(4, 1.0), []
+    hooks_at = [*(block._module for block in model.layers), model.norm._module]
+    handles = [part.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for part in hooks_at]
+    try:
+        refusal_scores(model, PROMPTS, [Ablation("affine", basis, center=center)], [3])
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == 4
+    for stream in seen:  # the last four tokens: before them short rows are padded
+        projections = stream[:, -4:] @ basis.T
+        torch.testing.assert_close(projections, (basis @ center).expand_as(projections), rtol=1e-3, atol=1e-4)
 
 
 def cosines(streams: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -492,6 +507,8 @@ def test_condition_that_is_none_is_named():
         Ablation("flat", torch.ones(D))
     with pytest.raises(ValueError, match="'typo': no site 'attn'; sites are block_input, attention, mlp"):
         Ablation("typo", random_basis(1), sites=("attn",))
+    with pytest.raises(ValueError, match="'off': center moves block inputs; add 'block_input' to sites"):
+        Ablation("off", random_basis(1), center=torch.ones(D), sites=("mlp",))
     with pytest.raises(ValueError, match="'inf': strength inf is no number"):
         Ablation("inf", random_basis(1), strength=float("inf"))
 
