@@ -1,4 +1,4 @@
-"""Train embedded models: `python -m lib.organisms induction [--seed N] [--threads N]`."""
+"""Train embedded models: `python -m lib.organisms NAME [--seed N] [--publish] [--threads N]`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 import torch
 
 from lib import ROOT
-from lib.organisms import induction
+from lib.organisms import induction, refusal_cards
+from lib.organisms.shipping import Organism
 
-ORGANISMS = {"induction": induction}
+ORGANISMS = {
+    "induction": Organism(induction.SEEDS, induction.train_seed, induction.publish),
+    **refusal_cards.ORGANISMS,
+}
 
 
 def main() -> None:
@@ -31,7 +35,7 @@ def main() -> None:
         organism.train_seed(arguments.seed, arguments.scratch)
         return
     if not arguments.publish:
-        for seed in organism.SEEDS:
+        for seed in organism.seeds:
             organism.train_seed(seed, arguments.scratch)
     print(organism.publish(arguments.scratch))
 
