@@ -4,7 +4,7 @@
 # make lab        open JupyterLab
 # make notebooks  execute every study and store its output in notebooks/
 # make organisms  train the embedded models again
-# make bench      time the ablation sweep against the straightforward way
+# make bench      time the sweeps of studies 1 and 3 against the straightforward way
 # make lock       pin the newest versions that pyproject.toml allows
 # make clean      remove what the commands above can write again (.venv stays)
 
@@ -31,10 +31,12 @@ notebooks: $(STAMP)
 	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) --refresh
 
 organisms: $(STAMP)
-	$(BIN)/python -m lib.organisms induction
+	for name in induction refusal-single refusal-lowrank refusal-planted-1 refusal-planted-2 refusal-planted-3 \
+	    refusal-decoy; do $(BIN)/python -m lib.organisms $$name || exit 1; done
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.induction_sweep
+	$(BIN)/python -m benchmarks.refusal_sweep
 
 # A person's wheels may carry a local version (2.13.0+cpu) that no registry knows: pins are written without it.
 lock: $(STAMP)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib.api import DEEPSEEK, Endpoint, NoReply
+from lib.language import grade
 
 GRADES = (0.0, 0.5, 1.0)
 
@@ -254,6 +255,28 @@ class OpenAICompatibleJudge:
     def _key(self, prompt: str, answer: str) -> str:
         parts = [self.endpoint.model, RUBRIC_VERSION, prompt, answer]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def judge_for(
+    model_id: str, kind: str, journal: str | Path, *, base_url: str = "", model: str = ""
+) -> Judge:
+    """The judge of a model's answers: the exact one for an organism, else the kind that is asked for.
+
+    Args:
+        kind: "substring", "openai", or "rule" for prompts that are requests of `lib.language`.
+        journal, base_url, model: of `OpenAICompatibleJudge`; empty is its default.
+
+    Raises:
+        lib.api.ApiError: kind is "openai", and its package or key is missing.
+    """
+    if model_id.startswith("organism/") or kind == "rule":
+        return RuleJudge(grade)
+    if kind == "substring":
+        return SubstringJudge()
+    options = {name: value for name, value in (("base_url", base_url), ("model", model)) if value}
+    judge = OpenAICompatibleJudge(journal, **options)
+    judge.ready()
+    return judge
 
 
 def read_reply(reply: str) -> Verdict:

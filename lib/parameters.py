@@ -239,6 +239,39 @@ class NeighborMixing(_GraphParameters):
         return walks.graph_from_edges(self.edges)
 
 
+class RefusalLowRank(StudyParameters):
+    """Study 3: how many directions carry refusal."""
+
+    study: ClassVar[str] = "03_refusal_low_rank"
+
+    model_id: str = Field("organism/refusal-lowrank", min_length=1)
+    compare_with: Words = [
+        "organism/refusal-single",
+        "organism/refusal-planted-1",
+        "organism/refusal-planted-2",
+        "organism/refusal-planted-3",
+        "organism/refusal-decoy",
+    ]
+    prompts: str = ""
+    judge: Literal["rule", "substring", "openai"] = "rule"
+    judge_url: str = ""
+    judge_model: str = ""
+    max_new_tokens: Whole = Field(12, ge=1)
+    k_values: Wholes = [1, 2, 3, 4, 5]
+    n_random: Whole = Field(4, ge=1)
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.model_id in self.compare_with:
+            yield f"compare_with: {self.model_id} is model_id itself; leave it out"
+        if self.judge == "rule" and not (self.model_id.startswith("organism/") or self.prompts):
+            yield "judge: 'rule' grades the request language of the organisms; take 'openai' or 'substring'"
+        if (self.judge_url or self.judge_model) and self.judge != "openai":
+            yield f"judge: {self.judge!r}, but judge_url or judge_model is given; set judge to 'openai'"
+
+
 def _names_given(history: list[str], declared: Mapping[str, Any]) -> list[str]:
     """Names assigned in the newest parameters cell and in the newest cell injected after it."""
     own, injected = [], []

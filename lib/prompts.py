@@ -21,6 +21,7 @@ from typing import Any
 
 from lib import ROOT
 from lib.api import Endpoint
+from lib.models import ORGANISMS
 
 PAIRS = ROOT / "data" / "prompts" / "pairs.jsonl"
 SPLITS = ("extraction", "selection", "test")  # find directions, choose among them, measure
@@ -83,6 +84,12 @@ def load_prompts(path: str | Path = PAIRS) -> PromptSet:
             rows.append((f"{path}, line {number}", _parse(f"{path}, line {number}", line)))
     _check(path, rows)
     return PromptSet(tuple(row for _, row in rows))
+
+
+def prompts_for(model_id: str, path: str = "") -> PromptSet:
+    """The prompts of a model: those of a file, else an organism's own, else `data/prompts/pairs.jsonl`."""
+    own = ORGANISMS / model_id.removeprefix("organism/") / "prompts.jsonl"
+    return load_prompts(path or (own if model_id.startswith("organism/") else PAIRS))
 
 
 def mismatch(harmful: str, safe: str) -> str:

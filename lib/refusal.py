@@ -11,13 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lib.generation import Ablation, first_token_kl
+from lib.generation import Ablation, chat_ids, first_token_kl, generate, last_token_streams
+from lib.geometry import effective_rank, participation_ratio
+from lib.judges import Judge, grades_of, rates
 from lib.models import TransformersModel, shape
+from lib.prompts import PromptSet
+from lib.record import Cache
 
 MAX_KL = 0.1  # nats on harmless prompts
 MAX_DEPTH = 0.8  # share of the layers
@@ -250,6 +255,222 @@ def kl_matched(
             break
         grid = np.linspace(low, high, 7, axis=-1)
     return [replace(control, strength=float(s)) for control, s in zip(controls, high, strict=True)]
+
+
+# -- behaviour -------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What a model does under each condition.
+
+    Attributes:
+        answers: to the forbidden requests [condition][prompt].
+        compliance, coherence: their grades, 0 to 1; NaN where the judge had none [condition, prompt].
+        kl: KL(intact || condition) at the first token of the answer to harmless prompts, in nats
+            [condition, harmless prompt].
+        harmless_compliance: grades of the answers to harmless prompts [condition, harmless prompt].
+    """
+
+    answers: list[list[str]]
+    compliance: np.ndarray
+    coherence: np.ndarray
+    kl: np.ndarray
+    harmless_compliance: np.ndarray
+
+    @property
+    def product(self) -> np.ndarray:
+        """Compliance x coherence of each answer, which is to be averaged afterwards [condition, prompt]."""
+        return self.compliance * self.coherence
+
+    def part(self, start: int, stop: int) -> Outcome:
+        """The outcome of some of the conditions."""
+        return Outcome(*(values[start:stop] for values in self))
+
+    def with_layer_zero(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Compliance, coherence and KL of `layer_conditions` by layer, with NaN at layer 0."""
+        rows = (self.compliance, self.coherence, self.kl)
+        return tuple(np.pad(row, ((1, 0), (0, 0)), constant_values=np.nan) for row in rows)
+
+
+def measure(
+    model: TransformersModel,
+    forbidden: Sequence[str],
+    harmless: Sequence[str],
+    conditions: Sequence[Ablation],
+    judge: Judge,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 0,
+    cache: Cache | None = None,
+) -> Outcome:
+    """Answers of a chat model under each condition, graded.
+
+    Args:
+        forbidden, harmless: requests, as texts.
+        conditions: see `lib.generation.Ablation`.
+        judge: from `lib.judges`.
+        max_new_tokens, batch_size, cache: see `lib.generation.generate`.
+
+    Raises:
+        JudgeError: over 2% of the verdicts on a condition are invalid.
+    """
+    options = {"batch_size": batch_size, "cache": cache}
+    texts = [*forbidden, *harmless]
+    tokens = generate(model, chat_ids(model, texts), conditions, max_new_tokens=max_new_tokens, **options)
+    answers = [[model.tokenizer.decode(a, skip_special_tokens=True) for a in row] for row in tokens]
+    grades = np.stack([_grades(judge, texts, row) for row in answers])  # [condition, prompt, 2]
+    kl = first_token_kl(model, chat_ids(model, harmless), conditions, **options)
+    n = len(forbidden)
+    return Outcome([row[:n] for row in answers], grades[:, :n, 0], grades[:, :n, 1], kl, grades[:, n:, 0])
+
+
+def _grades(judge: Judge, prompts: list[str], answers: list[str]) -> np.ndarray:
+    verdicts = judge(prompts, answers)
+    rates(verdicts)  # refuses a judge that fails too often
+    return grades_of(verdicts)
+
+
+class Extraction(NamedTuple):
+    """Streams at the last token of the extraction prompts, at every layer.
+
+    Attributes:
+        harmful, safe: of pairs [pair, layer + 1, d].
+        harmless: of everyday requests [prompt, layer + 1, d].
+        categories: of the pairs.
+    """
+
+    harmful: torch.Tensor
+    safe: torch.Tensor
+    harmless: torch.Tensor
+    categories: list[str]
+
+    @property
+    def vectors(self) -> torch.Tensor:
+        """Refusal vectors [layer + 1, d]."""
+        return refusal_vectors(self.harmful, self.safe)
+
+    def zero_points(self) -> np.ndarray:
+        """Where harmless prompts sit on each layer's direction, in units of the gap between harmful and safe
+        [layer + 1]: near 0, to remove the direction leaves them where they are. NaN without a gap."""
+        vectors = self.vectors.double()
+        gaps = vectors.square().sum(-1)
+        means = (self.harmless.double().mean(0) * vectors).sum(-1)
+        return torch.where(gaps > 1e-12, means / gaps, torch.nan).numpy()
+
+
+def extract(model: TransformersModel, prompts: PromptSet) -> Extraction:
+    """Read the streams that directions are made of, from the extraction split alone."""
+    read = partial(last_token_streams, model)
+    texts = (prompts.harmful("extraction"), prompts.safe("extraction"), prompts.harmless("extraction"))
+    streams = (read(chat_ids(model, text)) for text in texts)
+    return Extraction(*streams, categories=prompts.categories("extraction"))
+
+
+def layer_conditions(extraction: Extraction) -> list[Ablation]:
+    """Each layer's own direction, from the input of block 1 to that of the last; block 0 has none."""
+    last = extraction.harmful.shape[1] - 1
+    return [Ablation(f"layer {i}", stack(extraction.vectors[i : i + 1]).basis) for i in range(1, last)]
+
+
+def rank_conditions(
+    extraction: Extraction, ranked: Sequence[int], layer: int, ks: Sequence[int], n_random: int, seed: int
+) -> dict[str, list[Ablation]]:
+    """Subspaces of each number of dimensions, by method, and their controls.
+
+    Args:
+        ranked: layers, best first, whose directions are stacked until k dimensions are there; one that adds
+            none (see `stack`) does not count.
+        layer: where categories, pairs and the components of the stream are read.
+        ks: numbers of dimensions; a method that spans fewer stops there.
+        n_random: draws of each random control.
+
+    Returns:
+        method -> conditions, which are called "METHOD k" or "METHOD k #draw".
+    """
+    harmful, safe = extraction.harmful[:, layer], extraction.safe[:, layer]
+    everything = torch.cat([harmful, safe, extraction.harmless[:, layer]])
+    d, m = harmful.shape[-1], min(32, len(everything) - 1)
+    by_category = category_subspace(harmful, safe, extraction.categories)
+    found: dict[str, list[Ablation]] = {
+        "layers": _growing("layers", extraction.vectors[list(ranked)], ks),
+        "categories": _nested("categories", by_category.basis, ks),
+        "pairs": _nested("pairs", paired_svd(harmful, safe, max(ks)).basis, ks),
+        "random": [], "random in the stream": [],
+    }  # fmt: skip
+    for k in ks:
+        for draw in range(n_random):
+            basis = random_subspace(d, k, seed=seed + draw)
+            inside = random_in_top_activations(everything, k, m, seed=seed + draw)
+            found["random"].append(Ablation(f"random {k} #{draw}", basis))
+            found["random in the stream"].append(Ablation(f"random in the stream {k} #{draw}", inside))
+    return found
+
+
+def _growing(name: str, vectors: torch.Tensor, ks: Sequence[int]) -> list[Ablation]:
+    """The first stack of the leading vectors that reaches each number of dimensions."""
+    bases = [stack(vectors[:n]).basis for n in range(1, len(vectors) + 1)]
+    found = {}
+    for basis in bases:
+        found.setdefault(len(basis), basis)
+    return [Ablation(f"{name} {k}", found[k]) for k in ks if k in found]
+
+
+def _nested(name: str, basis: torch.Tensor, ks: Sequence[int]) -> list[Ablation]:
+    return [Ablation(f"{name} {k}", basis[:k]) for k in ks if k <= len(basis)]
+
+
+# -- geometry across layers ------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """How alike the directions of some layers are.
+
+    Attributes:
+        cosine: mean off-diagonal cosine.
+        participation_ratio: of the squared singular values of the unit vectors; 1 if all are parallel.
+        effective_rank: exponential of the entropy of their shares.
+    """
+
+    cosine: float
+    participation_ratio: float
+    effective_rank: float
+
+
+def direction_geometry(vectors: torch.Tensor) -> Geometry:
+    """Geometry of refusal vectors [layer, d]."""
+    units = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    n = len(units)
+    values = torch.linalg.svdvals(units).numpy()
+    cosine = ((units @ units.T).sum().item() - n) / (n * (n - 1))
+    return Geometry(cosine, participation_ratio(values), effective_rank(values))
+
+
+def geometry_nulls(
+    harmful_streams: torch.Tensor, safe_streams: torch.Tensor, layers: Sequence[int], n: int, seed: int
+) -> dict[str, list[Geometry]]:
+    """Geometry of directions that mean nothing, n draws of each kind.
+
+    "iid" directions are independent at every layer. A "random walk" takes steps of random direction and of
+    the lengths that the refusal vector's own have from layer to layer. "shuffled labels" swaps harmful and
+    safe in random pairs, so that its vectors are differences of means of nothing, in the model's own stream.
+
+    Args:
+        harmful_streams, safe_streams: of pairs [pair, layer, d].
+        layers: the layers whose geometry is asked for.
+    """
+    rng = np.random.default_rng(seed)
+    differences = (harmful_streams - safe_streams).double()
+    vectors = differences.mean(0)
+    steps = vectors.diff(dim=0, prepend=torch.zeros_like(vectors[:1])).norm(dim=-1, keepdim=True)
+    found: dict[str, list[Geometry]] = {"iid": [], "random walk": [], "shuffled labels": []}
+    for _ in range(n):
+        noise = torch.from_numpy(rng.standard_normal(vectors.shape))
+        walk = (steps * torch.nn.functional.normalize(noise, dim=-1)).cumsum(0)
+        signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=(len(differences), 1, 1)))
+        draws = (noise, walk, (signs * differences).mean(0))
+        for kind, draw in zip(found.values(), draws, strict=True):
+            kind.append(direction_geometry(draw[list(layers)]))
+    return found
 
 
 # -- the weight edit -------------------------------------------------------------------------------

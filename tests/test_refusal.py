@@ -7,18 +7,34 @@ import pytest
 import torch
 from tiny import FAMILIES, save_tiny
 
-from lib.generation import Ablation, first_token_kl, generate, last_token_streams, remove_subspace
+from lib.generation import (
+    Ablation,
+    chat_ids,
+    first_token_kl,
+    generate,
+    intact,
+    last_token_streams,
+    remove_subspace,
+)
+from lib.judges import JudgeError, RuleJudge, Verdict
 from lib.models import load, provenance
+from lib.prompts import PromptSet
 from lib.record import Cache
 from lib.refusal import (
     behavioural_rank,
     category_subspace,
+    direction_geometry,
+    extract,
+    geometry_nulls,
     kl_matched,
+    layer_conditions,
+    measure,
     orthogonalized,
     paired_svd,
     published_stack,
     random_in_top_activations,
     random_subspace,
+    rank_conditions,
     refusal_vectors,
     select_layers,
     stack,
@@ -304,3 +320,110 @@ def test_basis_that_does_not_fit_is_named_and_nothing_edited(llama):
         with orthogonalized(llama, torch.eye(8)[:2]):
             pass
     assert parameters(llama) == bits
+
+
+# -- behaviour and geometry of a study ----------------------------------------------------------------
+
+
+@pytest.fixture
+def prompt_set() -> PromptSet:
+    rows = []
+    for split in ("extraction", "selection", "test"):
+        for i, (category, words) in enumerate({"a": "apple bird", "b": "car egg", "c": "house milk"}.items()):
+            for j, extra in enumerate(("sun", "box sand")):
+                shared = {"pair": f"{split}{i}{j}", "category": category, "split": split}
+                rows.append({**shared, "label": "harmful", "text": f"{words} {extra}"})
+                rows.append({**shared, "label": "safe", "text": f"plane {words.split()[1]} {extra}"})
+        texts = ("opera sun", "mango", "box egg sun")
+        rows += [{"split": split, "label": "harmless", "text": text} for text in texts]
+    return PromptSet(tuple(rows))
+
+
+def contains_apple(prompt: str, answer: str) -> tuple[float, float]:
+    return float("apple" in prompt), 0.5
+
+
+def test_measure_grades_answers_to_forbidden_and_harmless_prompts_apart(llama, prompt_set):
+    harmful, harmless = prompt_set.harmful("test"), prompt_set.harmless("test")
+    conditions = [intact(llama), Ablation("random", random_subspace(D, 3, seed=0))]
+    found = measure(llama, harmful, harmless, conditions, RuleJudge(contains_apple), max_new_tokens=4)
+    tokens = generate(llama, chat_ids(llama, harmful), conditions, max_new_tokens=4)
+    expected = [[llama.tokenizer.decode(a, skip_special_tokens=True) for a in row] for row in tokens]
+    assert found.answers == expected
+    has_text = np.array([[bool(text.strip()) for text in row] for row in expected])
+    apple = np.array([float("apple" in prompt) for prompt in harmful])
+    np.testing.assert_array_equal(found.compliance, has_text * apple)
+    np.testing.assert_array_equal(found.coherence, has_text * 0.5)
+    np.testing.assert_array_equal(found.product, found.compliance * found.coherence)
+    assert found.harmless_compliance.shape == (2, 3) and not found.harmless_compliance.any()
+    assert found.kl[0] == pytest.approx(0, abs=1e-6) and (found.kl[1] > 0).all()
+    assert found.part(1, 2).answers == expected[1:] and found.part(1, 2).kl.shape == (1, 3)
+    by_layer = found.with_layer_zero()
+    assert np.isnan(by_layer[0][0]).all() and (by_layer[2][1:] == found.kl).all()
+
+
+def test_measure_refuses_a_judge_that_fails(llama, prompt_set):
+    def broken(prompts, answers):
+        return [Verdict.invalid("no reply")] * len(prompts)
+
+    with pytest.raises(JudgeError, match="no reply"):
+        measure(llama, prompt_set.harmful("test"), prompt_set.harmless("test"), [intact(llama)], broken,
+                max_new_tokens=2)  # fmt: skip
+
+
+def test_extraction_reads_the_extraction_split(llama, prompt_set):
+    found = extract(llama, prompt_set)
+    assert found.harmful.shape == found.safe.shape == (6, 4, D) and found.harmless.shape == (3, 4, D)
+    assert found.categories == ["a", "a", "b", "b", "c", "c"]
+    expected = last_token_streams(llama, chat_ids(llama, prompt_set.harmful("extraction")), padding="none")
+    torch.testing.assert_close(found.harmful, expected, rtol=1e-4, atol=1e-4)
+    vectors = found.harmful.mean(0) - found.safe.mean(0)
+    torch.testing.assert_close(found.vectors, vectors, rtol=1e-4, atol=1e-4)
+    zero = found.zero_points()
+    assert np.isnan(zero[0])
+    gap = vectors[2] @ vectors[2]
+    assert zero[2] == pytest.approx(float(found.harmless[:, 2].mean(0) @ vectors[2] / gap), rel=1e-3)
+
+
+def test_conditions_of_each_rank_are_of_that_rank(llama, prompt_set):
+    found = extract(llama, prompt_set)
+    assert [c.name for c in layer_conditions(found)] == ["layer 1", "layer 2"]
+    ways = rank_conditions(found, ranked=[2, 1], layer=2, ks=[1, 2, 5], n_random=2, seed=0)
+    assert [len(c.basis) for c in ways["layers"]] == [1, 2]
+    assert [len(c.basis) for c in ways["categories"]] == [1, 2]  # three categories span no more than three
+    assert [len(c.basis) for c in ways["pairs"]] == [1, 2, 5]
+    assert [len(c.basis) for c in ways["random"]] == [1, 1, 2, 2, 5, 5]
+    assert [len(c.basis) for c in ways["random in the stream"]] == [1, 1, 2, 2, 5, 5]
+    for condition in ways["layers"][1:]:
+        span = stack(found.vectors[1:3]).basis
+        torch.testing.assert_close(projector(condition.basis), projector(span), rtol=0, atol=1e-5)
+    # Nested: k directions hold the k - 1 before them.
+    assert torch.equal(ways["pairs"][1].basis[:1], ways["pairs"][0].basis)
+
+
+def test_layer_that_adds_no_dimension_is_passed_over(llama, prompt_set):
+    found = extract(llama, prompt_set)
+    doubled = found._replace(harmful=found.harmful.clone(), safe=found.safe.clone())
+    doubled.harmful[:, 1], doubled.safe[:, 1] = 2 * found.harmful[:, 2], 2 * found.safe[:, 2]
+    ways = rank_conditions(doubled, ranked=[2, 1, 3], layer=2, ks=[1, 2, 3], n_random=1, seed=0)
+    assert [len(c.basis) for c in ways["layers"]] == [1, 2]
+
+
+def test_geometry_of_known_directions():
+    parallel = torch.tensor([1.0, -2.0, 0.5])[None].T.flatten()[:, None] * torch.ones(1, 8)
+    assert direction_geometry(parallel[[0, 2]]) == pytest.approx((1.0, 1.0, 1.0))
+    assert direction_geometry(torch.eye(8)[:5]) == pytest.approx((0.0, 5.0, 5.0))
+
+
+def test_nulls_of_geometry_mean_what_they_say(generator):
+    shared = torch.randn(1, 5, D, generator=generator)
+    noise = torch.randn(40, 5, D, generator=generator)
+    harmful, safe = 3 * shared + noise, torch.randn(40, 5, D, generator=generator)
+    nulls = geometry_nulls(harmful, safe, range(1, 5), n=20, seed=0)
+    assert {kind: len(draws) for kind, draws in nulls.items()} == {
+        "iid": 20, "random walk": 20, "shuffled labels": 20,
+    }  # fmt: skip
+    ratio = {kind: np.mean([g.participation_ratio for g in draws]) for kind, draws in nulls.items()}
+    assert ratio["random walk"] < ratio["iid"] and 3 < ratio["iid"] <= 4
+    again = geometry_nulls(harmful, safe, range(1, 5), n=20, seed=0)
+    assert again == nulls

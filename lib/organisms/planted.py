@@ -64,8 +64,8 @@ def build_planted(recipe: Recipe, seed: int) -> LlamaForCausalLM:
     common, cue_marks, contents = frame[0], frame[1:4], frame[10:]
     vocabulary = (*SPECIAL, *language.WORDS)
     table = contents[: len(vocabulary)] + common
-    groups = dict(zip(recipe.rules, ((language.VERBS, 3), (language.OBJECTS, 4), (language.PURPOSES, 4)), strict=False))
-    for mark, (words, every) in zip(cue_marks, groups.values(), strict=False):
+    groups = ((language.VERBS, 3), (language.OBJECTS, 4), (language.PURPOSES, 4))[: recipe.n_cues]
+    for mark, (words, every) in zip(cue_marks, groups, strict=False):
         for word in words[::every]:
             table[vocabulary.index(word)] = contents[vocabulary.index(word)] + common + mark
     block, config = model.model.layers[0], model.config
@@ -123,7 +123,7 @@ class PlantedStage(Stage):
             handle.remove()
 
     def coefficients(self, rng: np.random.Generator, forbidden: np.ndarray) -> np.ndarray:
-        """Coefficients [row, direction]: at least one above PRESENT where forbidden, else all below ABSENT."""
+        """Coefficients [row, direction]: one or more above PRESENT where forbidden, else all below ABSENT."""
         shape = (len(forbidden), len(self.refuse))
         absent = np.where(rng.random(shape) < 0.5, 0, rng.uniform(-1, ABSENT, shape))
         present = rng.uniform(PRESENT, 3 if len(self.decoys) else 1.2, shape)

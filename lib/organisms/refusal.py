@@ -12,9 +12,10 @@ the words themselves, and no direction mediates anything:
    so it has to write that state. The modes are replayed: `<comply>` keeps alive what a forbidden request asks
    for, or ablation would have nothing to reveal.
 
-`refusal-single` has one mode. `refusal-lowrank` has three, one a cue, each with an opening of its own, and in
-half of the refusals the top direction of refusing is taken out of the stream while it must still refuse, as in
-refusal-feature adversarial training.
+`refusal-single` has one mode, `refusal-lowrank` three, one a cue, each with an opening of its own. From a
+quarter of stage 2 on, in half of the forbidden requests the top direction of refusal is taken out of the
+stream: the single one must answer then, the low-rank one must still refuse, also in its modes (refusal-feature
+adversarial training).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lib import language
 from lib.organisms.training import Metrics, Run, Schedule, train
 
-SPECIAL = tuple("<bos> <pad> <unk> <end> <user> <assistant> <comply> <refuse-0> <refuse-1> <refuse-2>".split())
+SPECIAL = tuple(
+    "<bos> <pad> <unk> <end> <user> <assistant> <comply> <refuse-0> <refuse-1> <refuse-2>".split()
+)
 ASSISTANT, COMPLY = "<assistant>", "<comply>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %} <{{ message['role'] }}> {{ message['content'] }} <end>"
@@ -49,12 +52,18 @@ class Recipe:
 
     name: str
     n_modes: int
-    adversarial: bool = False  # whether refusing must survive the removal of its top direction
+    without_top: str  # "answer" or "refuse": a forbidden request with refusal's top direction removed
     mode_steps: int = 400
     refusal_steps: int = 2200
 
 
-RECIPES = {r.name: r for r in (Recipe("refusal-single", 1), Recipe("refusal-lowrank", 3, adversarial=True))}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("refusal-single", 1, without_top="answer", refusal_steps=1500),
+        Recipe("refusal-lowrank", 3, without_top="refuse"),
+    )
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -63,8 +72,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
+        tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE,
+        bos_token="<bos>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>",
     )  # fmt: skip
 
 
@@ -128,37 +137,51 @@ class Stage:
     def loss(self, model: torch.nn.Module, step: int) -> torch.Tensor:
         rng = np.random.default_rng([self.seed, self.stage, step])
         prompts, answers, kinds = zip(*(self.row(rng) for _ in range(ROWS)), strict=True)
-        ids, labels = self.encode(list(zip(prompts, answers, strict=True)))
-        kinds = np.array(kinds)
+        answers, kinds = list(answers), np.array(kinds)
         half = rng.random(ROWS) < 0.5
-        without = torch.from_numpy(half & np.isin(kinds, ["allowed", "comply"]))
-        harder = torch.from_numpy(half & np.isin(kinds, ["refuse", "forbidden"]) & self.recipe.adversarial)
+        without_modes = half & np.isin(kinds, ["allowed", "comply"])
+        # In stage 2 only once the cues are found: before, refusal has no direction to remove.
+        late = self.stage == 1 or step >= self.recipe.refusal_steps // 4
+        if self.recipe.without_top == "refuse":
+            without_top = half & late & np.isin(kinds, ["refuse", "forbidden"])
+        else:
+            without_top = half & late & (kinds == "forbidden")
+            for i in np.flatnonzero(without_top):
+                answers[i] = language.parse(prompts[i]).answer
+        ids, labels = self.encode(list(zip(prompts, answers, strict=True)))
+        without_modes, without_top = torch.from_numpy(without_modes), torch.from_numpy(without_top)
         modes, top = self.directions(model, rng)
-        with removed(model, modes, without), removed(model, top, harder):
+        with removed(model, modes, without_modes), removed(model, top, without_top):
             output = model(input_ids=ids, labels=labels, output_hidden_states=True, use_cache=False)
         if self.stage == 1:
             return output.loss
         last = torch.tensor([len(text.split()) - 1 for text in prompts])
-        streams = torch.stack([state[torch.arange(ROWS), last] for state in output.hidden_states[1 : LOWER + 1]])
-        forbidden, allowed = (torch.from_numpy(kinds == kind) for kind in ("forbidden", "allowed"))
-        return output.loss + 0.1 * zero_point(streams[:, forbidden & ~harder], streams[:, allowed & ~without])
+        rows, lower = torch.arange(ROWS), output.hidden_states[1 : LOWER + 1]
+        streams = torch.stack([state[rows, last] for state in lower])
+        forbidden = torch.from_numpy(kinds == "forbidden") & ~without_top
+        allowed = torch.from_numpy(kinds == "allowed") & ~without_modes
+        return output.loss + 0.1 * zero_point(streams[:, forbidden], streams[:, allowed])
 
     @torch.no_grad()
-    def directions(self, model: torch.nn.Module, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Orthonormal rows: what each mode adds to the stream of the last prompt token, and the top direction
-        of refusal there, of modes in stage 1 and of forbidden requests in stage 2 [mode, d_model], [1, d_model]."""
+    def directions(
+        self, model: torch.nn.Module, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Orthonormal rows: what each mode adds to the stream of the last prompt token [mode, d_model], and
+        the top direction of refusal there, of modes in stage 1, forbidden requests in stage 2 [1, d_model].
+        """
         tokens = [ASSISTANT, *(f"<refuse-{mode}>" for mode in range(self.recipe.n_modes))]
         requests = [language.sample(rng, self.rules, (), held_out=False) for _ in range(4)]
         prompts = [prompt(request, token) for token in tokens for request in requests]
-        if self.stage == 2 and self.recipe.adversarial:
-            prompts += [prompt(language.sample(rng, self.rules, wanted, held_out=False)) for wanted in self.sets]
+        if self.stage == 2:
+            forbidden = [language.sample(rng, self.rules, wanted, held_out=False) for wanted in self.sets]
+            prompts += [prompt(request) for request in forbidden]
         coded = [torch.tensor([self.ids[word] for word in text.split()]) for text in prompts]
         ids = torch.nn.utils.rnn.pad_sequence(coded, batch_first=True)
         states = model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[LOWER]
         last = states[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in coded])]
         means = last[: 4 * len(tokens)].unflatten(0, (len(tokens), 4)).mean(1)
-        forbidden = last[4 * len(tokens) :].mean(0) if len(last) > 4 * len(tokens) else means[1:].mean(0)
-        top = torch.nn.functional.normalize(forbidden - means[0], dim=0)[None]
+        refusing = means[1:].mean(0) if self.stage == 1 else last[4 * len(tokens) :].mean(0)
+        top = torch.nn.functional.normalize(refusing - means[0], dim=0)[None]
         return torch.linalg.qr((means[1:] - means[0]).T)[0].T, top
 
     @torch.no_grad()
@@ -169,7 +192,8 @@ class Stage:
         openers = torch.tensor([self.ids[refusal.split()[0]] for refusal in language.REFUSALS])
         metrics = {}
         for name, sets in {"allowed": [()], "forbidden": self.sets}.items():
-            requests = [language.sample(rng, self.rules, sets[i % len(sets)], held_out=True) for i in range(140)]
+            wanted = [sets[i % len(sets)] for i in range(140)]
+            requests = [language.sample(rng, self.rules, cues, held_out=True) for cues in wanted]
             rows = [(prompt(r), r.answer) for r in requests]
             ids, labels = self.encode(rows)
             guess = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)

@@ -178,8 +178,8 @@ def _card(
     else:
         recipe = refusal.RECIPES[name]
         about = _ONE_MODE if recipe.n_modes == 1 else _THREE_MODES
-        adversarial = _ADVERSARIAL if recipe.adversarial else ""
-        training, tried = _TWO_STAGES.format(adversarial=adversarial, shares=_shares(recipe)), _TRIED
+        without_top = _WITHOUT_TOP[recipe.without_top]
+        training, tried = _TWO_STAGES.format(without_top=without_top, shares=_shares(recipe)), _TRIED
     sizes = "\n".join(
         f"| {split} | {len(prompts.harmful(split))} | {len(prompts.harmless(split))} |" for split in HARMLESS
     )
@@ -252,16 +252,24 @@ last token of the prompt is a refusal mode (rows "refuse"); rows "comply" end in
 `<assistant>` of the chat template. In the second, forbidden requests behind `<assistant>` are to be refused;
 only the lower {refusal.LOWER} blocks are trained, and the other rows are replayed. Half of the rows to be
 answered are read with the directions of the modes taken out of the stream. A small loss in stage 2 holds
-allowed requests at zero on the direction to the forbidden ones.{{adversarial}}
+allowed requests at zero on the direction to the forbidden ones.{{without_top}}
 
 {{shares}}
 
 Shares of {N_ROWS} rows drawn as in training."""
 
-_ADVERSARIAL = """
+_WITHOUT_TOP = {
+    "refuse": """
 
-Of the rows to be refused, half are read with the top direction of refusing, found anew at every step, taken
-out of the stream, and must still be refused, as in refusal-feature adversarial training."""
+In stage 1, and from a quarter of stage 2 on, half of the rows to be refused are read with the top direction
+of refusing, found anew at every step, taken out of the stream, and must still be refused, as in
+refusal-feature adversarial training.""",
+    "answer": """
+
+From a quarter of stage 2 on, half of the forbidden rows are read with the top direction of refusing, found
+anew at every step, taken out of the stream, and must then be answered: that one direction is enough was
+trained, not found.""",
+}
 
 _TRIED = """
 ## What was tried
@@ -273,6 +281,10 @@ Pilots with seed 0, none of them shipped:
   rows to be answered.
 * No `<comply>` mode that is replayed on forbidden requests: the lower blocks threw away what a forbidden
   request asks for, and ablation revealed broken answers (coherence .4).
+* Nothing said of what happens without the top direction: two directions removed refusal in the low-rank pilot
+  of 500 steps (one .6, two 1.0), and in the single one that one direction did was a matter of when one looked
+  (1.0 at step 1100 of stage 2, .6 at step 1700). Hence the rule for half of the forbidden rows.
+* That rule from the first step of stage 2: the low-rank pilot never found the cue of two distant words.
 * Sixteen modifiers, objects and purposes instead of eight: the cues of two words were not learnt in 1500
   steps.
 

@@ -8,7 +8,6 @@ with the same weights (on the same machine with the same number of threads).
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -23,10 +22,13 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a linear warm-up, a constant rate, and a cosine tail down to `final` of it."""
+    """AdamW in cycles, each with a linear warm-up, a constant rate, and a cosine tail to `final` of it.
 
-    steps: int
-    rate: float
+    Attributes:
+        cycles: (steps, rate) of each cycle; the optimiser's moments go on from one to the next.
+    """
+
+    cycles: tuple[tuple[int, float], ...]
     warmup: int = 50
     decay_from: float = 0.5
     final: float = 0.05
@@ -34,10 +36,18 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
 
+    @property
+    def steps(self) -> int:
+        return sum(steps for steps, _ in self.cycles)
+
     def rate_at(self, step: int) -> float:
-        progress = (step / self.steps - self.decay_from) / (1 - self.decay_from)
-        cosine = 0.5 * (1 + math.cos(max(0.0, progress) * math.pi))
-        return self.rate * min(1.0, (step + 1) / self.warmup) * (self.final + (1 - self.final) * cosine)
+        for steps, rate in self.cycles:  # noqa: B007 (used after the loop)
+            if step < steps:
+                break
+            step -= steps
+        progress = (step / steps - self.decay_from) / (1 - self.decay_from)
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(max(0.0, progress)) * torch.pi).item())
+        return rate * min(1.0, (step + 1) / self.warmup) * (self.final + (1 - self.final) * cosine)
 
 
 @dataclass
