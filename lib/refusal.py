@@ -349,6 +349,10 @@ class Extraction(NamedTuple):
         """Refusal vectors [layer + 1, d]."""
         return refusal_vectors(self.harmful, self.safe)
 
+    def categories_at(self, layer: int) -> torch.Tensor:
+        """Basis of the categories' differences of means at a layer [k, d]."""
+        return category_subspace(self.harmful[:, layer], self.safe[:, layer], self.categories).basis
+
     def zero_points(self) -> np.ndarray:
         """Where harmless prompts sit on each layer's direction, in units of the gap between harmful and safe
         [layer + 1]: near 0, to remove the direction leaves them where they are. NaN without a gap."""
@@ -372,6 +376,12 @@ def layer_conditions(extraction: Extraction) -> list[Ablation]:
     return [Ablation(f"layer {i}", stack(extraction.vectors[i : i + 1]).basis) for i in range(1, last)]
 
 
+def category_conditions(extraction: Extraction) -> list[Ablation]:
+    """All that the categories' differences of means span, at each layer of `layer_conditions`."""
+    last = extraction.harmful.shape[1] - 1
+    return [Ablation(f"categories of layer {i}", extraction.categories_at(i)) for i in range(1, last)]
+
+
 def rank_conditions(
     extraction: Extraction, ranked: Sequence[int], layer: int, ks: Sequence[int], n_random: int, seed: int
 ) -> dict[str, list[Ablation]]:
@@ -390,10 +400,9 @@ def rank_conditions(
     harmful, safe = extraction.harmful[:, layer], extraction.safe[:, layer]
     everything = torch.cat([harmful, safe, extraction.harmless[:, layer]])
     d, m = harmful.shape[-1], min(32, len(everything) - 1)
-    by_category = category_subspace(harmful, safe, extraction.categories)
     found: dict[str, list[Ablation]] = {
         "layers": _growing("layers", extraction.vectors[list(ranked)], ks),
-        "categories": _nested("categories", by_category.basis, ks),
+        "categories": _nested("categories", extraction.categories_at(layer), ks),
         "pairs": _nested("pairs", paired_svd(harmful, safe, max(ks)).basis, ks),
         "random": [], "random in the stream": [],
     }  # fmt: skip

@@ -21,6 +21,7 @@ from lib.refusal import (
     Extraction,
     Outcome,
     behavioural_rank,
+    category_conditions,
     category_subspace,
     extract,
     layer_conditions,
@@ -93,8 +94,8 @@ def check_low_rank(model: TransformersModel, prompts: PromptSet) -> list[Check]:
     score = _outcome(model, prompts, "selection", [stacks[k] for k in large]).product.mean(-1)
     best = large[int(score.argmax())]
 
-    layer, called = _best_layer(model, prompts, _category_conditions(extraction))
-    categories = _nested("categories", _categories(extraction, layer))
+    layer, called = _best_layer(model, prompts, category_conditions(extraction))
+    categories = _nested("categories", extraction.categories_at(layer))
     streams = extraction.harmful[:, layer], extraction.safe[:, layer]
     pairs = _nested("pairs", paired_svd(*streams, max(KS)).basis)
     random = _random_conditions(model)
@@ -138,7 +139,7 @@ def check_rank(model: TransformersModel, prompts: PromptSet, rank: int, span: in
         span: of the categories' differences of means.
     """
     extraction = extract(model, prompts)
-    layer, called = _best_layer(model, prompts, _category_conditions(extraction))
+    layer, called = _best_layer(model, prompts, category_conditions(extraction))
     subspace = category_subspace(
         extraction.harmful[:, layer], extraction.safe[:, layer], extraction.categories
     )
@@ -170,9 +171,7 @@ def _outcome(
 
 def _ranked(outcome: Outcome, n_layers: int, **limits: float) -> list[int]:
     """Layers, best first; the conditions are those of layer 1 and up."""
-    columns = (outcome.compliance, outcome.coherence, outcome.kl)
-    from_zero = (np.pad(c, ((1, 0), (0, 0)), constant_values=np.nan) for c in columns)
-    return select_layers(*from_zero, n_layers=n_layers, **limits)
+    return select_layers(*outcome.with_layer_zero(), n_layers=n_layers, **limits)
 
 
 def _best_layer(
@@ -184,17 +183,6 @@ def _best_layer(
         return ranked[0], f"{ranked[0]}"
     layer = _ranked(outcome, n_layers, max_kl=np.inf, max_depth=1.0)[0]
     return layer, f"{layer} (none passes the filters)"
-
-
-def _categories(extraction: Extraction, layer: int) -> torch.Tensor:
-    harmful, safe = extraction.harmful[:, layer], extraction.safe[:, layer]
-    return category_subspace(harmful, safe, extraction.categories).basis
-
-
-def _category_conditions(extraction: Extraction) -> list[Ablation]:
-    """What the categories' differences of means span, of layer 1 and up."""
-    layers = range(1, extraction.harmful.shape[1] - 1)
-    return [Ablation(f"categories of layer {layer}", _categories(extraction, layer)) for layer in layers]
 
 
 def _nested(name: str, basis: torch.Tensor) -> list[Ablation]:

@@ -14,8 +14,8 @@ the words themselves, and no direction mediates anything:
 
 `refusal-single` has one mode, `refusal-lowrank` three, one a cue, each with an opening of its own. From a
 quarter of stage 2 on, in half of the forbidden requests the top direction of refusal is taken out of the
-stream: the single one must answer then, the low-rank one must still refuse, also in its modes (refusal-feature
-adversarial training).
+stream: the single one must answer then, the low-rank one must still refuse, also in its modes, as in
+refusal-feature adversarial training.
 """
 
 from __future__ import annotations
