@@ -100,14 +100,14 @@ def category_subspace(
     return stack(torch.stack(means), cut)
 
 
-def paired_svd(harmful_streams: torch.Tensor, safe_streams: torch.Tensor, k: int) -> Subspace:
-    """The k leading directions of the paired differences, not centred, at one layer.
+def paired_svd(harmful_streams: torch.Tensor, safe_streams: torch.Tensor, k: int | None = None) -> Subspace:
+    """The k leading directions of the paired differences, not centred, at one layer; None is all of them.
 
     Args:
         harmful_streams, safe_streams: of paired prompts at one layer [pair, d].
     """
     whole = _principal(harmful_streams.double().cpu() - safe_streams.double().cpu(), 0.0)
-    if not 0 < k <= len(whole.basis):
+    if k is not None and not 0 < k <= len(whole.basis):
         raise ValueError(f"k = {k}: the pairs differ in {len(whole.basis)} directions")
     return Subspace(whole.basis[:k], whole.singular_values)
 
@@ -403,7 +403,7 @@ def rank_conditions(
     found: dict[str, list[Ablation]] = {
         "layers": _growing("layers", extraction.vectors[list(ranked)], ks),
         "categories": _nested("categories", extraction.categories_at(layer), ks),
-        "pairs": _nested("pairs", paired_svd(harmful, safe, max(ks)).basis, ks),
+        "pairs": _nested("pairs", paired_svd(harmful, safe).basis, ks),
         "random": [], "random in the stream": [],
     }  # fmt: skip
     for k in ks:

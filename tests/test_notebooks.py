@@ -33,6 +33,9 @@ SMALL = {
         "n_bootstrap": 100,
     },
     "02_neighbor_mixing": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
+    "03_refusal_low_rank": {
+        "compare_with": ["organism/refusal-planted-1"], "k_values": [1, 2], "n_random": 1, "n_bootstrap": 100,
+    },
 }
 
 # Calls that a cell may end with and show nothing.

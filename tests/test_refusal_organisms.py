@@ -527,9 +527,9 @@ def test_prompts_are_as_many_as_the_study_needs(tmp_path):
         refusal_cards.write_prompts(name, tmp_path / name)
         prompts = load_prompts(tmp_path / name)
         pairs = [len(prompts.harmful(split)) for split in SPLITS]
-        assert [len(prompts.harmless(split)) for split in SPLITS] == [32, 64, 128]
+        assert [len(prompts.harmless(split)) for split in SPLITS] == [32, 48, 64]
         if name in refusal.RECIPES:
-            assert pairs == [168, 84, 168]
+            assert pairs == [168, 84, 112]
         else:
             surplus = [there - wanted for there, wanted in zip(pairs, (96, 48, 96), strict=True)]
             assert 0 <= min(surplus) <= max(surplus) < 7

@@ -22,9 +22,9 @@ from lib.organisms.shipping import Organism, export, ship
 from lib.prompts import PromptSet, load_prompts
 
 PROMPT_SEED = 2026
-HARMLESS = {"extraction": 32, "selection": 64, "test": 128}
+HARMLESS = {"extraction": 32, "selection": 48, "test": 64}
 # Pairs of each of the seven sets of mixed cues; where there are fewer sets, as many pairs in all as these.
-MIXED_PAIRS = {"extraction": 24, "selection": 12, "test": 24}
+MIXED_PAIRS = {"extraction": 24, "selection": 12, "test": 16}
 LEXICAL_PAIRS = {"extraction": 96, "selection": 48, "test": 96}
 N_ROWS = 4000  # drawn to state what the batches hold
 
