@@ -258,14 +258,12 @@ class RefusalLowRank(StudyParameters):
     judge_model: str = ""
     max_new_tokens: Whole = Field(12, ge=1)
     k_values: Wholes = [1, 2, 3, 4, 5]
-    n_random: Whole = Field(4, ge=1)
+    n_random: Whole = Field(2, ge=1)
     batch_size: Whole = Field(0, ge=0)
     n_bootstrap: Whole = Field(2000, ge=100)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.model_id in self.compare_with:
-            yield f"compare_with: {self.model_id} is model_id itself; leave it out"
         if self.judge == "rule" and not (self.model_id.startswith("organism/") or self.prompts):
             yield "judge: 'rule' grades the request language of the organisms; take 'openai' or 'substring'"
         if (self.judge_url or self.judge_model) and self.judge != "openai":

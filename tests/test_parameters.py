@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-from lib.parameters import InductionAblation, NeighborMixing, ParameterError, check, schemas
+from lib.parameters import (
+    InductionAblation,
+    NeighborMixing,
+    ParameterError,
+    RefusalLowRank,
+    check,
+    schemas,
+)
 
 PARAMETERS_CELL = "seq_len: int = 400  # tokens\nk_values: list[int] = [1, 2]  # heads"
 
@@ -159,3 +166,11 @@ def test_nothing_heavy_loads_before_the_check():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_judge_that_cannot_grade_is_named():
+    with pytest.raises(ParameterError, match="judge: 'rule' grades the request language of the organisms"):
+        check(RefusalLowRank, {"model_id": "Qwen/Qwen3-1.7B"})
+    assert check(RefusalLowRank, {"model_id": "Qwen/Qwen3-1.7B", "judge": "substring"}).judge == "substring"
+    with pytest.raises(ParameterError, match="judge: 'rule', but judge_url or judge_model is given"):
+        check(RefusalLowRank, {"judge_model": "some-model"})
