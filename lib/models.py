@@ -89,7 +89,7 @@ def load(
         ModelError: unknown name or device, changed embedded file, missing,
             unexpected, misshapen or non-finite tensors, or another dtype than asked.
     """
-    torch_dtype = _dtype(dtype)
+    torch_dtype = float_dtype(dtype)
     _check_device(device)
     embedded = model_id.startswith("organism/")
     folder = _organism_folder(model_id) if embedded else Path(model_id).expanduser()
@@ -117,16 +117,48 @@ def load(
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain_load_failure(model_id, folder, error) from error
-    _check_tensors(model_id, module, report, torch_dtype)
+    _check_report(model_id, report)
     if embedded and revision:
         _load_checkpoint(module, model_id, folder, revision)
+    return adopt(
+        module,
+        tokenizer,
+        model_id=model_id,
+        device=device,
+        dtype=dtype,
+        revision=revision or getattr(config, "_commit_hash", None),
+        weights_sha256=_weights_hash(folder, module, revision if embedded else None),
+    )
 
+
+def adopt(
+    module: torch.nn.Module,
+    tokenizer,
+    *,
+    model_id: str,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    weights_sha256: str,
+) -> TransformersModel:
+    """The nnsight model of a transformers model whose weights are complete, checked as `load` does.
+
+    Args:
+        module, tokenizer: the model, on the CPU and in `dtype`.
+        model_id, revision, weights_sha256: where it came from, for `provenance`.
+        device, dtype: where it shall go, and what its weights have to be.
+
+    Raises:
+        ModelError: unknown device, weights of another dtype or that are not finite.
+    """
+    _check_device(device)
+    _check_tensors(model_id, module, float_dtype(dtype))
     model = wrap(module.to(device).eval().requires_grad_(False), tokenizer)
     # Plain attribute of the wrapped module, not of the nnsight tree.
     module._provenance = {
         "model_id": model_id,
-        "revision": revision or getattr(config, "_commit_hash", None),
-        "weights_sha256": _weights_hash(folder, module, revision if embedded else None),
+        "revision": revision,
+        "weights_sha256": weights_sha256,
         "dtype": dtype,
         "device": device,
         "n_parameters": sum(p.numel() for p in module.parameters()),
@@ -278,7 +310,8 @@ def write_manifest(folder: Path) -> None:
 # -- checks ---------------------------------------------------------------------------------------
 
 
-def _dtype(name: str) -> torch.dtype:
+def float_dtype(name: str) -> torch.dtype:
+    """A dtype that models may have, by name."""
     allowed = {"float32", "bfloat16", "float16"}
     if name not in allowed:
         raise ModelError(f"dtype {name!r} is not one of {', '.join(sorted(allowed))}")
@@ -323,7 +356,7 @@ def _verify_file(model_id: str, path: Path, expected: str) -> None:
         )
 
 
-def _check_tensors(model_id: str, module: torch.nn.Module, report: dict, dtype: torch.dtype) -> None:
+def _check_report(model_id: str, report: dict) -> None:
     for problem in ("missing", "unexpected", "mismatched"):
         # A mismatch is (name, shape in the file, shape in the model).
         keys = sorted(str(key) for key in report.get(f"{problem}_keys", ()))
@@ -333,6 +366,9 @@ def _check_tensors(model_id: str, module: torch.nn.Module, report: dict, dtype: 
                 f"{model_id}: {problem} tensors: {shown}. transformers would have gone on with random or "
                 "ignored weights; get a complete checkpoint that belongs to this config.json"
             )
+
+
+def _check_tensors(model_id: str, module: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in module.named_parameters():
         if tensor.dtype != dtype:
             raise ModelError(
