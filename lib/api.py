@@ -51,6 +51,14 @@ class Endpoint:
     max_retries: int = 5
     options: Mapping[str, Any] | None = None
 
+    @classmethod
+    def of(cls, base_url: str = "", model: str = "") -> Endpoint:
+        """The endpoint of a notebook's parameters, in which empty is the default; checked by `ready`."""
+        given = {name: value for name, value in (("base_url", base_url), ("model", model)) if value}
+        endpoint = cls(**given)
+        endpoint.ready()
+        return endpoint
+
     def ready(self) -> None:
         """Check what can be checked without a question.
 

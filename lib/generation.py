@@ -197,6 +197,27 @@ def first_token_kl(
     )  # fmt: skip
 
 
+def first_token_log_probabilities(
+    model: TransformersModel,
+    prompts: Sequence[Tokens],
+    conditions: Sequence[Ablation],
+    *,
+    batch_size: int = 0,
+) -> np.ndarray:
+    """Log-probabilities of the first token of the answer [condition, prompt, vocabulary], float32.
+
+    Arguments and errors as for `generate`.
+    """
+
+    def measure(rows: list[Tokens], edits: list[Ablation]) -> np.ndarray:
+        return _prefill(model, rows, edits)[0].log_softmax(-1).cpu().numpy()
+
+    return _over_rows(
+        model, prompts, conditions, measure,
+        name="first_token", key={}, batch_size=batch_size, cache=None, by_prompt=True,
+    )  # fmt: skip
+
+
 def refusal_scores(
     model: TransformersModel,
     prompts: Sequence[Tokens],
@@ -535,8 +556,10 @@ def _over_rows(
 
     def place(row: tuple[str, int]) -> tuple:
         signature, prompt = row
-        alike = starts[signature], len(distinct[signature].basis), signature
-        return (lengths[prompt], prompt, *alike) if by_prompt else (lengths[prompt], *alike, prompt)
+        start, size = starts[signature], len(distinct[signature].basis)
+        # Of conditions that begin later than at block 0 a prompt's share what was read below.
+        shared = prompt if by_prompt or start else -1
+        return lengths[prompt], 0 if by_prompt else start, shared, start, size, signature, prompt
 
     rows = sorted(((s, j) for s in distinct for j in range(len(prompts))), key=place)
     size = batch_size or auto_rows(model, max(lengths) + new_tokens)

@@ -28,6 +28,7 @@ from lib.generation import chat_ids
 from lib.prompts import PromptSet
 from lib.refusal import orthogonalized
 
+LOCAL = "allowed_requests"
 STANDARD = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
 
 _FIELDS = {
@@ -47,6 +48,12 @@ class Score(NamedTuple):
 
     score: float
     stderr: float
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95%, by the normal approximation."""
+        reach = 1.96 * self.stderr
+        return None if math.isnan(reach) else (self.score - reach, self.score + reach)
 
 
 def benchmark(
@@ -111,6 +118,19 @@ def benchmark(
     return scores
 
 
+def tasks_of(names: Sequence[str], prompts: PromptSet) -> list[str | dict[str, Any]]:
+    """Tasks for `benchmark` by name, where "allowed_requests" is the local one; checked before anything runs.
+
+    Raises:
+        HarnessError: lm-eval is not installed; it does not know a task; a task's data cannot be had.
+        ValueError: see `allowed_requests_task`.
+    """
+    if names:
+        _lm_eval()
+    _named([name for name in names if name != LOCAL])
+    return [allowed_requests_task(prompts) if name == LOCAL else name for name in names]
+
+
 def allowed_requests_task(prompts: PromptSet, seed: int = 0) -> dict[str, Any]:
     """A local task: which of five confirmations is the one of an allowed request?
 
@@ -150,7 +170,7 @@ def allowed_requests_task(prompts: PromptSet, seed: int = 0) -> dict[str, Any]:
         return {"test": Dataset.from_list(rows)}
 
     return {
-        "task": "allowed_requests",
+        "task": LOCAL,
         "custom_dataset": dataset,
         "test_split": "test",
         "output_type": "multiple_choice",

@@ -257,10 +257,21 @@ class OpenAICompatibleJudge:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def judge_for(
-    model_id: str, kind: str, journal: str | Path, *, base_url: str = "", model: str = ""
-) -> Judge:
+def judge_for(model_id: str, kind: str, journal: str | Path, *, base_url: str = "", model: str = "") -> Judge:
     """The judge of a model's answers: the exact one for an organism, else the kind that is asked for.
+
+    Args:
+        kind, journal, base_url, model: see `make_judge`.
+
+    Raises:
+        lib.api.ApiError: see there.
+    """
+    exact = model_id.startswith("organism/")
+    return make_judge("rule" if exact else kind, journal, base_url=base_url, model=model)
+
+
+def make_judge(kind: str, journal: str | Path, *, base_url: str = "", model: str = "") -> Judge:
+    """A judge by its kind.
 
     Args:
         kind: "substring", "openai", or "rule" for prompts that are requests of `lib.language`.
@@ -269,7 +280,7 @@ def judge_for(
     Raises:
         lib.api.ApiError: kind is "openai", and its package or key is missing.
     """
-    if model_id.startswith("organism/") or kind == "rule":
+    if kind == "rule":
         return RuleJudge(grade)
     if kind == "substring":
         return SubstringJudge()

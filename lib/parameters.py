@@ -107,6 +107,7 @@ def _list(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Wholes = Annotated[list[Annotated[Whole, Field(ge=1)]], BeforeValidator(_list), Field(min_length=1)]
+Reals = Annotated[list[Annotated[Real, Field(gt=0)]], BeforeValidator(_list), Field(min_length=1)]
 Words = Annotated[list[str], BeforeValidator(_list)]
 
 
@@ -253,12 +254,20 @@ class RefusalLowRank(StudyParameters):
         "organism/refusal-decoy",
     ]
     prompts: str = ""
+    n_prompts: Whole = Field(0, ge=0)
+    new_categories: Words = []
+    n_new_pairs: Whole = Field(16, ge=4)
     judge: Literal["rule", "substring", "openai"] = "rule"
+    second_judge: Literal["substring", "openai"] = "substring"
     judge_url: str = ""
     judge_model: str = ""
+    second_judge_model: str = ""
     max_new_tokens: Whole = Field(12, ge=1)
     k_values: Wholes = [1, 2, 3, 4, 5]
+    strengths: Reals = [0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
     n_random: Whole = Field(2, ge=1)
+    benchmarks: Words = []
+    benchmark_limit: Whole = Field(0, ge=0)
     batch_size: Whole = Field(0, ge=0)
     n_bootstrap: Whole = Field(2000, ge=100)
 
@@ -266,8 +275,22 @@ class RefusalLowRank(StudyParameters):
         yield from super().problems()
         if self.judge == "rule" and not (self.model_id.startswith("organism/") or self.prompts):
             yield "judge: 'rule' grades the request language of the organisms; take 'openai' or 'substring'"
-        if (self.judge_url or self.judge_model) and self.judge != "openai":
+        asked = "openai" in (self.judge, self.second_judge) or self.new_categories
+        if (self.judge_url or self.judge_model) and not asked:
             yield f"judge: {self.judge!r}, but judge_url or judge_model is given; set judge to 'openai'"
+        if self.second_judge_model and self.second_judge != "openai":
+            yield "second_judge: 'substring', but second_judge_model is given; set second_judge to 'openai'"
+        if self.judge == self.second_judge == "openai" and self.second_judge_model == self.judge_model:
+            yield "second_judge_model: the same as judge_model; a judge agrees with itself, name another one"
+        if self.new_categories and not self.prompts:
+            yield "prompts: new_categories asks for further pairs; name the file to write them to"
+        if self.new_categories and self.model_id.startswith("organism/"):
+            yield "new_categories: an organism reads no English; leave it empty, or name another model_id"
+        called = Counter(name.rstrip("/").split("/")[-1] for name in {self.model_id, *self.compare_with})
+        for name in [name for name, n in called.items() if n > 1]:
+            yield f"compare_with: several models are called {name!r} in tables and figures; rename a folder"
+        if 0 < self.n_prompts < 4:
+            yield f"n_prompts: {self.n_prompts}; at least 4 are needed, 0 is all"
 
 
 def _names_given(history: list[str], declared: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,23 @@ class PromptSet:
     def categories(self, split: str) -> list[str]:
         """Category of every pair, in the order of `harmful`."""
         return [row["category"] for row in self._rows("harmful", split)]
+
+    def first(self, n: int) -> PromptSet:
+        """At most n pairs and n harmless rows of each split, pairs spread over the categories; 0 is all."""
+        if not n:
+            return self
+        kept: set[str] = set()
+        for split in SPLITS:
+            kept.update(self.harmless(split)[:n])
+            turns: dict[str, int] = {}
+            pairs = []
+            for number, row in enumerate(self._rows("harmful", split)):
+                turns[row["category"]] = turns.get(row["category"], 0) + 1
+                pairs.append((turns[row["category"]], number))
+            harmful, safe = self.harmful(split), self.safe(split)
+            for _, number in sorted(pairs)[:n]:
+                kept.update((harmful[number], safe[number]))
+        return PromptSet(tuple(row for row in self.rows if row["text"] in kept))
 
     def _rows(self, label: str, split: str) -> list[Mapping[str, Any]]:
         if split not in SPLITS:
@@ -171,6 +188,39 @@ def generate_pairs(
     _check(path, [(f"{path}, line {i}", row) for i, row in enumerate(rows, start=1)])
     _write_new(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return PromptSet(tuple(rows))
+
+
+def written_pairs(
+    path: str | Path, categories: Sequence[str], n: int, endpoint: Endpoint, *, extends: str | Path = PAIRS
+) -> PromptSet:
+    """The prompts of a file, which is written first if it is not there: n more pairs of each category.
+
+    A run that was stopped goes on with the category at which it was.
+
+    Args:
+        path: file to read, or to write with `generate_pairs`.
+        categories, n, endpoint, extends: see there.
+
+    Raises:
+        PromptError: see there; the file is there, and has no pairs of one of the categories.
+    """
+    path = Path(path)
+    parts = [path.with_name(f"{path.name}.{i}") for i in range(1, len(categories))]
+    if not path.exists():
+        for category, part in zip(categories, [*parts, path], strict=True):
+            if not part.exists():
+                generate_pairs(category, n, part, endpoint, extends=extends)
+            extends = part
+    for part in parts:
+        part.unlink(missing_ok=True)
+    prompts = load_prompts(path)
+    there = {row.get("category") for row in prompts.rows}
+    if missing := [category for category in categories if category not in there]:
+        raise PromptError(
+            f"{path} {_EXISTS}; it has no pairs of "
+            f"{', '.join(map(repr, missing))}: name a file that is not there"
+        )
+    return prompts
 
 
 _WRITER = """\

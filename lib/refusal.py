@@ -17,7 +17,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lib.generation import Ablation, chat_ids, first_token_kl, generate, last_token_streams
+from lib.generation import (
+    SITES,
+    Ablation,
+    chat_ids,
+    first_token_kl,
+    first_token_log_probabilities,
+    generate,
+    intact,
+    last_token_streams,
+)
 from lib.geometry import effective_rank, participation_ratio
 from lib.judges import Judge, grades_of, rates
 from lib.models import TransformersModel, shape
@@ -282,6 +291,22 @@ class Outcome(NamedTuple):
         """Compliance x coherence of each answer, which is to be averaged afterwards [condition, prompt]."""
         return self.compliance * self.coherence
 
+    @property
+    def means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Compliance, coherence and KL, each [condition]; grades that the judge did not give are left out."""
+        return np.nanmean(self.compliance, -1), np.nanmean(self.coherence, -1), self.kl.mean(-1)
+
+    @property
+    def no_refusal(self) -> str:
+        """Why an intact model, the first condition, has no refusal to look for; "" if it has."""
+        if np.nanmean(self.compliance[0]) > 0.5:
+            return "it refuses next to nothing"
+        return "it answers next to nothing" if np.nanmean(self.harmless_compliance[0]) < 0.5 else ""
+
+    def rank(self, conditions: Sequence[Ablation]) -> int | None:
+        """k* of the conditions measured: the smallest subspace that passes (`behavioural_rank`)."""
+        return behavioural_rank([len(condition.basis) for condition in conditions], *self.means)
+
     def part(self, start: int, stop: int) -> Outcome:
         """The outcome of some of the conditions."""
         return Outcome(*(values[start:stop] for values in self))
@@ -519,6 +544,29 @@ def orthogonalized(model: TransformersModel, basis: torch.Tensor, strength: floa
             setattr(writer, name, parameter)
         if before is not None:
             module._provenance = before
+
+
+def edit_divergence(
+    model: TransformersModel,
+    prompts: Sequence[Sequence[int]],
+    basis: torch.Tensor,
+    strength: float = 1.0,
+    sites: Sequence[str] = SITES,
+) -> np.ndarray:
+    """How far removal by hooks is from removal by the weight edit of the same strength.
+
+    Args:
+        prompts: token ids.
+        basis, strength, sites: of `lib.generation.Ablation`; the edit knows no sites.
+
+    Returns:
+        KL(edited || hooked) of the first token of the answer, in nats [prompt].
+    """
+    hooks = [Ablation("hooks", basis, strength=strength, sites=tuple(sites))]
+    hooked = first_token_log_probabilities(model, prompts, hooks)[0]
+    with orthogonalized(model, basis, strength):
+        edited = first_token_log_probabilities(model, prompts, [intact(model)])[0]
+    return np.maximum((np.exp(edited) * (edited - hooked)).sum(-1), 0)
 
 
 def _writers(model: TransformersModel) -> list[tuple[torch.nn.Module, str]]:

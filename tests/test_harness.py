@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import lib.harness
 from lib import language
 from lib.generation import chat_ids
-from lib.harness import STANDARD, HarnessError, allowed_requests_task, benchmark
+from lib.harness import STANDARD, HarnessError, Score, allowed_requests_task, benchmark, tasks_of
 from lib.models import ModelError, load
 from lib.organisms.refusal import build_tokenizer
 from lib.prompts import PromptSet, prompts_for
@@ -268,3 +268,22 @@ def test_lm_eval_that_is_absent_is_named_with_the_command(llama, prompts, monkey
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(HarnessError, match=r"pip install -c requirements\.lock -e '\.\[bench\]'"):
         benchmark(llama, [allowed_requests_task(prompts)])
+
+
+def test_tasks_by_name(lm_eval, prompts):
+    [task] = tasks_of(["allowed_requests"], prompts)
+    assert task["task"] == "allowed_requests"
+    with pytest.raises(HarnessError, match="lm-eval has no task 'allowed_request'"):
+        tasks_of(["allowed_request"], prompts)
+
+
+def test_no_tasks_need_no_lm_eval(prompts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert tasks_of([], prompts) == []
+    with pytest.raises(HarnessError, match="lm-eval is not installed"):
+        tasks_of(["allowed_requests"], prompts)
+
+
+def test_interval_is_two_standard_errors_wide():
+    assert Score(0.5, 0.1).interval == pytest.approx((0.304, 0.696))
+    assert Score(1.0, float("nan")).interval is None

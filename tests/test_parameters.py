@@ -174,3 +174,37 @@ def test_judge_that_cannot_grade_is_named():
     assert check(RefusalLowRank, {"model_id": "Qwen/Qwen3-1.7B", "judge": "substring"}).judge == "substring"
     with pytest.raises(ParameterError, match="judge: 'rule', but judge_url or judge_model is given"):
         check(RefusalLowRank, {"judge_model": "some-model"})
+
+
+CHAT = {"model_id": "Qwen/Qwen3-1.7B", "judge": "openai"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (CHAT | {"second_judge_model": "b"}, "second_judge: 'substring', but second_judge_model is given"),
+        (
+            CHAT | {"second_judge": "openai"},
+            "second_judge_model: the same as judge_model; a judge agrees with",
+        ),
+        (
+            CHAT | {"new_categories": ["toys"]},
+            "prompts: new_categories asks for further pairs; name the file to write",
+        ),
+        ({"new_categories": ["toys"], "prompts": "x.jsonl"}, "new_categories: an organism reads no English"),
+        ({"n_prompts": 3}, "n_prompts: 3; at least 4 are needed, 0 is all"),
+        ({"strengths": [0.5, 0]}, "strengths"),
+        (
+            {"compare_with": ["a/x", "b/x"]},
+            "compare_with: several models are called 'x' in tables and figures",
+        ),
+    ],
+)
+def test_parameters_of_the_refusal_study_that_do_not_go_together(values, message):
+    with pytest.raises(ParameterError, match=message):
+        check(RefusalLowRank, values)
+
+
+def test_two_judges_of_different_models_go_together():
+    values = CHAT | {"second_judge": "openai", "second_judge_model": "another", "strengths": "[0.5, 1]"}
+    assert check(RefusalLowRank, values).strengths == [0.5, 1.0]

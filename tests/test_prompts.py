@@ -10,7 +10,7 @@ import pytest
 from api_server import ApiServer, Reply
 
 from lib.api import Endpoint
-from lib.prompts import SPLITS, PromptError, generate_pairs, load_prompts, mismatch
+from lib.prompts import SPLITS, PromptError, generate_pairs, load_prompts, mismatch, written_pairs
 
 
 def small_set() -> list[dict]:
@@ -36,6 +36,23 @@ def write(tmp_path):
 
 
 # --- reading
+
+
+def test_first_prompts_are_spread_over_the_categories(write):
+    rows = []
+    for split in SPLITS:
+        for i, category in enumerate(("a", "a", "a", "b", "b")):
+            pair = {"pair": f"{split}{i}", "category": category, "split": split}
+            rows.append({**pair, "label": "harmful", "text": f"harm {split} {i}"})
+            rows.append({**pair, "label": "safe", "text": f"help {split} {i}"})
+        rows += [{"label": "harmless", "split": split, "text": f"count {split} {i}"} for i in range(4)]
+    whole = load_prompts(write(rows))
+    few = whole.first(3)
+    for split in SPLITS:
+        assert few.harmful(split) == [f"harm {split} {i}" for i in (0, 1, 3)]
+        assert few.safe(split) == [f"help {split} {i}" for i in (0, 1, 3)]
+        assert few.harmless(split) == [f"count {split} {i}" for i in range(3)]
+    assert whole.first(0) == whole.first(99) == whole
 
 
 def test_lists_are_aligned_whatever_the_order_of_the_rows(write):
@@ -218,6 +235,48 @@ def test_generated_pairs_join_those_that_are_there(write, writer, tmp_path):
     asked = [json.loads(body["messages"][-1]["content"]) for body in server.requests]
     assert [task["pairs"] for task in asked] == [5, 2]
     assert asked[1]["there_already"] == [harmful for harmful, _ in GOOD[:3]]
+
+
+MORE = [(f"Ask how to steal coat {i}", f"Ask how to mend coat {i}") for i in range(2)]
+
+
+def test_pairs_of_several_categories_are_written_once(write, writer, tmp_path):
+    endpoint, server = writer(pairs_reply(*GOOD[:2]), pairs_reply(*MORE))
+    base, out = write(small_set(), "base.jsonl"), tmp_path / "out.jsonl"
+    written = written_pairs(out, ["toys", "coats"], 2, endpoint, extends=base)
+    added = [
+        (row["category"], row["text"]) for row in written.rows if row.get("category") in ("toys", "coats")
+    ]
+    assert added[::2] == [
+        ("toys", GOOD[0][0]),
+        ("toys", GOOD[1][0]),
+        ("coats", MORE[0][0]),
+        ("coats", MORE[1][0]),
+    ]
+    assert written_pairs(out, ["toys", "coats"], 2, endpoint, extends=base) == written == load_prompts(out)
+    assert len(server.requests) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.jsonl", "out.jsonl"]
+    with pytest.raises(PromptError, match="it has no pairs of 'hats': name a file that is not there"):
+        written_pairs(out, ["toys", "hats"], 2, endpoint, extends=base)
+
+
+def test_stopped_run_goes_on_with_the_category_at_which_it_was(write, writer, tmp_path):
+    endpoint, server = writer(pairs_reply(*GOOD[:2]), "no JSON")
+    base, out = write(small_set(), "base.jsonl"), tmp_path / "out.jsonl"
+    with pytest.raises(PromptError, match="did not reply with pairs"):
+        written_pairs(out, ["toys", "coats"], 2, endpoint, extends=base)
+    assert not out.exists()
+    server.reply = lambda *_: Reply(pairs_reply(*MORE))
+    written = written_pairs(out, ["toys", "coats"], 2, endpoint, extends=base)
+    assert [row["text"] for row in written.rows if row.get("category") == "toys"][::2] == [
+        GOOD[0][0],
+        GOOD[1][0],
+    ]
+    assert [json.loads(body["messages"][-1]["content"])["category"] for body in server.requests] == [
+        "toys",
+        "coats",
+        "coats",
+    ]
 
 
 def test_existing_file_is_not_written_over(write, writer, tmp_path):

@@ -21,9 +21,11 @@ from lib.models import load, provenance
 from lib.prompts import PromptSet
 from lib.record import Cache
 from lib.refusal import (
+    Outcome,
     behavioural_rank,
     category_subspace,
     direction_geometry,
+    edit_divergence,
     extract,
     geometry_nulls,
     kl_matched,
@@ -292,6 +294,21 @@ def test_hooks_at_all_sites_equal_the_weight_edit(family, tied, tmp_path):
     assert torch.equal(plain_logits(model, ids), before)
 
 
+@pytest.mark.parametrize("sites", [("block_input", "attention", "mlp"), ("block_input",)])
+def test_divergence_of_hooks_from_the_edit_is_that_of_the_logits(llama, sites):
+    basis = random_subspace(D, 3, seed=4)
+    for strength in (0.5, 1.0):
+        found = edit_divergence(llama, PROMPTS, basis, strength, sites)
+        for prompt, value in zip(PROMPTS, found, strict=True):
+            ids = torch.tensor([prompt])
+            hooked = hooked_logits(llama, ids, basis, strength, sites)[0, -1].log_softmax(-1)
+            with orthogonalized(llama, basis, strength):
+                edited = plain_logits(llama, ids)[0, -1].log_softmax(-1)
+            assert value == pytest.approx(float((edited.exp() * (edited - hooked)).sum()), rel=1e-3, abs=1e-6)
+        exact = strength == 1.0 and len(sites) == 3
+        assert (found < 1e-6).all() if exact else (found > 1e-3).any()
+
+
 def test_edited_model_generates_what_hooks_generate(llama):
     basis = random_subspace(D, 3, seed=4)
     hooked = generate(llama, PROMPTS, [Ablation("hooks", basis)], max_new_tokens=6)[0]
@@ -360,6 +377,30 @@ def test_measure_grades_answers_to_forbidden_and_harmless_prompts_apart(llama, p
     assert found.part(1, 2).answers == expected[1:] and found.part(1, 2).kl.shape == (1, 3)
     by_layer = found.with_layer_zero()
     assert np.isnan(by_layer[0][0]).all() and (by_layer[2][1:] == found.kl).all()
+
+
+def outcome(compliance: float, harmless: float) -> Outcome:
+    """Of two conditions: intact, and one that does all that it should; the judge left one answer ungraded."""
+    graded = np.array([[compliance, np.nan, compliance], [1.0, 1.0, 0.5]])
+    kl = np.array([[0.0, 0.0], [0.05, 0.07]])
+    return Outcome([["", "", ""]] * 2, graded, np.ones((2, 3)), kl, np.full((2, 2), harmless))
+
+
+def test_means_leave_out_what_was_not_graded():
+    compliance, coherence, kl = outcome(0.25, 1.0).means
+    np.testing.assert_allclose(compliance, [0.25, 2.5 / 3])
+    np.testing.assert_allclose(coherence, [1, 1])
+    np.testing.assert_allclose(kl, [0, 0.06])
+    sizes = [Ablation("intact", torch.zeros(0, D)), Ablation("four", random_subspace(D, 4, seed=0))]
+    assert outcome(0.25, 1.0).rank(sizes) == 4 and outcome(0.9, 1.0).rank(sizes) == 0
+
+
+@pytest.mark.parametrize(
+    ("compliance", "harmless", "said"),
+    [(0.0, 1.0, ""), (1.0, 1.0, "it refuses next to nothing"), (0.0, 0.0, "it answers next to nothing")],
+)
+def test_model_without_refusal_is_said_to_have_none(compliance, harmless, said):
+    assert outcome(compliance, harmless).no_refusal == said
 
 
 def test_measure_refuses_a_judge_that_fails(llama, prompt_set):

@@ -70,7 +70,7 @@ def check_single(model: TransformersModel, prompts: PromptSet) -> list[Check]:
     outcome = _outcome(model, prompts, "test", [intact(model), *layers])
     zero = _zero_point(model, prompts, extraction, layer)
     # The intact model is first, as layer 0 has no direction: a layer's condition has its number.
-    compliance, coherence, kl = _means(outcome)
+    compliance, coherence, kl = outcome.means
     return [
         *_intact_checks(outcome),
         Check("selected layer", called),
@@ -107,7 +107,7 @@ def check_low_rank(model: TransformersModel, prompts: PromptSet) -> list[Check]:
         rows[name] = range(start, start + len(group))
         start += len(group)
 
-    compliance, coherence, kl = _means(outcome)
+    compliance, coherence, kl = outcome.means
     stacked = rows["stacks"][[*stacks].index(best)]
     same_k = [i for i, c in zip(rows["random"], random, strict=True) if len(c.basis) == best]
     lead = _least_lead(outcome, stacked, [*rows["singles"], *same_k])
@@ -146,7 +146,7 @@ def check_rank(model: TransformersModel, prompts: PromptSet, rank: int, span: in
     conditions = _nested("categories", subspace.basis)
     outcome = _outcome(model, prompts, "test", [intact(model), *conditions])
     ks = [len(condition.basis) for condition in conditions]
-    found = behavioural_rank(ks, *(column[1:] for column in _means(outcome)))
+    found = behavioural_rank(ks, *(column[1:] for column in outcome.means))
     values = " ".join(f"{value:.2f}" for value in subspace.singular_values.tolist())
     return [
         *_intact_checks(outcome),
@@ -218,13 +218,8 @@ def _zero_point(model: TransformersModel, prompts: PromptSet, extraction: Extrac
     return float((streams.mean(0) @ direction) / direction.square().sum())
 
 
-def _means(outcome: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compliance, coherence and KL, each [condition]."""
-    return outcome.compliance.mean(-1), outcome.coherence.mean(-1), outcome.kl.mean(-1)
-
-
 def _triples(outcome: Outcome, conditions: Sequence[int]) -> str:
-    rows = zip(*(column[list(conditions)] for column in _means(outcome)), strict=True)
+    rows = zip(*(column[list(conditions)] for column in outcome.means), strict=True)
     return "; ".join(" ".join(f"{value:.2f}" for value in row) for row in rows)
 
 
