@@ -147,9 +147,8 @@ def _folder(model_id: str, revision: str | None) -> Path:
 # -- embedded --------------------------------------------------------------------------------------
 
 
-def _load_embedded(model_id: str, folder: Path, device: str, dtype: str, revision: str | None) -> CodiModel:
-    embedded = model_id.startswith("organism/")
-    model = load(model_id if embedded else str(folder), device=device, dtype=dtype)
+def _load_embedded(model_id: str, folder: Path, device: str, dtype: str) -> CodiModel:
+    model = load(model_id, device=device, dtype=dtype)
     where = folder / "codi.json"
     try:
         settings = json.loads(where.read_text())
