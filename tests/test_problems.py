@@ -1,0 +1,146 @@
+"""Problems: numbers, answers and equations as they are written; a bad file names line and remedy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lib.problems import (
+    Equation,
+    Problem,
+    ProblemError,
+    extract_answer,
+    question_numbers,
+    read_problems,
+    twin_indices,
+)
+
+ROW = {"question": "Ann has 16 eggs . she eats 3 .", "cot": "<<16-3=13>>", "answer": "13"}
+
+
+def write(tmp_path, *rows) -> str:
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("The answer is: 18", 18),
+        ("$1,200.50", 1200.5),
+        ("first 3, then -7.25.", -7.25),
+        ("about 1,234,567 of them", 1234567),
+        ("10 - 4", 4),
+        ("16-3", 3),
+        ("it is .5", 0.5),
+        ("#### 2,000", 2000),
+        ("The answer is 5.", 5),
+        ("three", None),
+        ("", None),
+    ],
+)
+def test_answer_is_the_last_number(text, value):
+    assert extract_answer(text) == value
+
+
+def test_numbers_of_a_question_with_their_characters():
+    text = "Two of 1,200.50 cost $3, 20% or 2/5 of twenty-one in a 60-mile half; one is -5 and Dozen."
+    numbers = question_numbers(text)
+    assert [text[n.start : n.stop] for n in numbers] == [
+        "Two", "1,200.50", "3", "20", "2", "5", "twenty-one", "60", "half", "-5", "Dozen",
+    ]  # fmt: skip
+    assert [n.value for n in numbers] == [2, 1200.5, 3, 20, 2, 5, 21, 60, 0.5, -5, 12]
+    assert question_numbers("nothing one often") == ()  # no "ten" within a word
+
+
+@pytest.mark.parametrize(
+    "text, operands, result",
+    [
+        ("<<600*30/100=180>>", (600, 30, 100), 180),
+        ("<<20+(80/2)=60>>", (20, 80, 2), 60),
+        ("10*.5=5", (10, 0.5), 5),
+        ("<<5*15=75.00>>", (5, 15), 75),
+        ("<<1-1/3=2/3>>", (1, 1, 3), 2 / 3),
+        ("<<1,000-250=$750>>", (1000, 250), 750),
+        ("<<3-8=-5>>", (3, 8), -5),
+        ("<<40=40>>", (40,), 40),
+        ("<<2*3=6=6>>", (2, 3, 6), 6),
+    ],
+)
+def test_equations(text, operands, result):
+    equation = Equation.parse(text)
+    assert (equation.operands, equation.result) == (operands, result)
+
+
+@pytest.mark.parametrize("text", ["<<3+5>>", "<<=8>>", "<<3+5=x>>", "<<3+5=>>", "<<1/0=1/0>>"])
+def test_malformed_equations_are_named(text):
+    with pytest.raises(ValueError, match="is no equation"):
+        Equation.parse(text)
+
+
+def test_a_file_of_all_forms(tmp_path):
+    steps = {"question": "a  box has 2 nuts\n", "steps": ["<<2*3=6>>", "<<6+1=7>>"], "answer": 7.0, "more": 1}
+    path = write(
+        tmp_path,
+        ROW | {"id": "x", "twin": "y"},
+        "",
+        ROW | {"id": "y", "twin": "x"},
+        steps,
+        ROW | {"cot": "", "answer": "#### 1,013"},
+    )
+    x, y, third, fourth = read_problems(path)
+    assert (x.id, x.twin, y.twin, third.id, fourth.id) == ("x", "y", "x", "2", "3")
+    assert third.question == "a box has 2 nuts"  # as CODI's evaluation cleans it
+    assert third.intermediate_results == (6,) and third.answer == 7 and third.twin is None
+    assert x.intermediate_results == () and fourth.equations == () and fourth.answer == 1013
+    np.testing.assert_array_equal(twin_indices([y, x]), [1, 0])
+    with pytest.raises(ValueError, match="problem 'x' has its twin 'y' not among"):
+        twin_indices([x])
+    with pytest.raises(ValueError, match="problem '2' has no twin"):
+        twin_indices([third])
+
+
+def test_readers_of_every_number():
+    """15 is read twice by value, but the second 15 that is read is a result; 9 is read by no step."""
+    equations = tuple(map(Equation.parse, ("5+10=15", "15-4=11", "11*5=55")))
+    problem = Problem("p", "5 pears, 10 more, a box of 9, 15 nuts, 4 go, 5 left", equations, 55)
+    assert [n.value for n in problem.numbers] == [5, 10, 9, 15, 4, 5]
+    assert problem.readers == ({0, 2}, {0}, set(), set(), {1}, {0, 2})
+
+
+@pytest.mark.parametrize(
+    "row, wrong",
+    [
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object"),
+        ({"cot": "", "answer": "1"}, "field 'question'"),
+        (ROW | {"question": " "}, "field 'question'"),
+        (ROW | {"question": "how many ?"}, "the question has no number"),
+        ({"question": "has 2", "cot": ""}, "field 'answer' is missing"),
+        (ROW | {"answer": "none"}, "field 'answer' holds no number"),
+        ({"question": "has 2", "answer": "2"}, "field 'cot' is missing"),
+        (ROW | {"cot": [16, 3]}, "field 'cot' is missing"),
+        (ROW | {"cot": "<<16-3=13>> so 13"}, "not made of steps"),
+        (ROW | {"cot": "<<16-3>>"}, "'<<16-3>>' is no equation"),
+    ],
+)
+def test_a_bad_line_is_named(row, wrong, tmp_path):
+    path = write(tmp_path, ROW, row)
+    with pytest.raises(ProblemError) as error:
+        read_problems(path)
+    assert wrong in str(error.value) and f"{path}, line 2" in str(error.value)
+    assert "correct the line or remove it" in str(error.value)
+
+
+def test_a_bad_file_is_named(tmp_path):
+    with pytest.raises(ProblemError, match="none.jsonl cannot be read"):
+        read_problems(tmp_path / "none.jsonl")
+    with pytest.raises(ProblemError, match="holds no problem"):
+        read_problems(write(tmp_path, ""))
+    with pytest.raises(ProblemError, match="line 2: id 'x' stands in an earlier line"):
+        read_problems(write(tmp_path, ROW | {"id": "x"}, ROW | {"id": "x"}))
+    with pytest.raises(ProblemError, match="names 'z' as its twin, which is no row"):
+        read_problems(write(tmp_path, ROW | {"twin": "z"}))
