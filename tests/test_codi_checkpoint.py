@@ -1,0 +1,300 @@
+"""Both layouts of a CODI model: what arrives is what the file holds, and a wrong file is named."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_codi import D_MODEL, byte_tokenizer, official_tensors, save_embedded, save_official
+from transformers import GPT2LMHeadModel
+
+from lib import codi_checkpoint, models
+from lib.codi_checkpoint import load_codi
+from lib.latents import measure, measure_text, teacher_text, think
+from lib.models import ModelError, provenance
+from lib.problems import Equation, Problem
+
+BASE = "codi.base_model.model."
+N_WORDS = len(byte_tokenizer())
+HIGH = Problem(
+    "p", "Ann has 60 pears, 13 more and 7 nuts", (Equation.parse("60+13=73"), Equation.parse("73-7=66")), 66
+)
+
+
+@pytest.fixture
+def official(tmp_path):
+    """Writes a checkpoint of the tensors and loads it."""
+
+    def load(tensors=None, **options):
+        folder = save_official(tmp_path / "official", tensors)
+        return load_codi(str(folder), base=str(folder / "base"), **options)
+
+    return load
+
+
+@pytest.fixture
+def tensors():
+    return official_tensors(N_WORDS)
+
+
+# -- embedded --------------------------------------------------------------------------------------
+
+
+def test_an_embedded_model_is_what_its_files_hold(tmp_path):
+    folder = save_embedded(tmp_path / "codi", cot="results")
+    codi = load_codi(str(folder))
+    vocabulary = codi.model.tokenizer.get_vocab()
+    assert (codi.bot, codi.eot) == (vocabulary["<bot>"], vocabulary["<eot>"])
+    assert (codi.n_thoughts, codi.answer_prompt, codi.cot) == (6, "The answer is :", "results")
+    plain = GPT2LMHeadModel.from_pretrained(folder)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, codi.model._module.state_dict()[name]), name
+    assert provenance(codi.model)["model_id"] == str(folder)
+    # Dropout, Linear, GELU, Linear, LayerNorm in numpy.
+    w = {
+        name: tensor.double().numpy() for name, tensor in load_file(folder / "projection.safetensors").items()
+    }
+    x = np.random.default_rng(0).normal(size=(3, D_MODEL))
+    h = x @ w["1.weight"].T + w["1.bias"]
+    h = 0.5 * h * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+    y = h @ w["3.weight"].T + w["3.bias"]
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    expected = y * w["ln.weight"] + w["ln.bias"]
+    np.testing.assert_allclose(codi.projection(torch.from_numpy(x).float()), expected, atol=1e-5)
+
+
+def test_values_of_tokens_that_are_numbers(tmp_path):
+    codi = load_codi(str(save_embedded(tmp_path / "codi")))
+    numbers = {text: codi.token_values[i] for i, text in enumerate(codi.token_texts) if text.isdigit()}
+    assert numbers == {str(n): n for n in range(61)}
+    assert np.isnan(codi.token_values).sum() == len(codi.token_values) - 61
+    assert codi.token_texts[codi.bot] == "<bot>"
+
+
+def test_half_precision_and_an_organism(tmp_path, monkeypatch):
+    folder = save_embedded(tmp_path / "mine")
+    models.write_manifest(folder)
+    monkeypatch.setattr(models, "ORGANISMS", tmp_path)
+    monkeypatch.setattr(codi_checkpoint, "ORGANISMS", tmp_path)
+    codi = load_codi("organism/mine", dtype="bfloat16")
+    assert codi.folder == folder and codi.projection[1].weight.dtype == torch.bfloat16
+    found = think(codi, [HIGH.question.replace(",", " ")[:7]])
+    assert found.z.dtype == np.float32 and np.isfinite(found.z).all()
+    with pytest.raises(ModelError, match="a CODI organism has no checkpoints"):
+        load_codi("organism/mine", revision="step-00100")
+    with pytest.raises(ModelError, match="did you mean 'organism/mine'"):
+        load_codi("organism/mina")
+    with pytest.raises(ModelError, match="dtype 'int8' is not one of"):
+        load_codi("organism/mine", dtype="int8")
+    (folder / "projection.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="is not the file that was trained"):
+        load_codi("organism/mine")
+
+
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        ({"bot": "<begin>"}, "'<begin>' is no token of the tokenizer"),
+        ({"n_thoughts": -1}, "n_thoughts -1 must be 0 or more"),
+        ({"n_thoughts": "6"}, "n_thoughts '6' must be"),
+        ({"cot": "prose"}, "cot 'prose' one of operators, results, compact"),
+        ({"eot": None}, "it needs n_thoughts, bot, eot, answer_prompt and cot"),
+    ],
+)
+def test_wrong_settings_are_named(change, wrong, tmp_path):
+    folder = save_embedded(tmp_path / "codi")
+    settings = json.loads((folder / "codi.json").read_text()) | change
+    settings = {key: value for key, value in settings.items() if value is not None}
+    (folder / "codi.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=wrong) as error:
+        load_codi(str(folder))
+    assert "codi.json" in str(error.value)
+
+
+def test_a_wrong_projection_is_named(tmp_path):
+    folder = save_embedded(tmp_path / "codi")
+    path = folder / "projection.safetensors"
+    whole = load_file(path)
+    for changed, wrong in [
+        ({k: v for k, v in whole.items() if k != "ln.bias"}, "missing tensors: ln.bias"),
+        ({k: v for k, v in whole.items() if k != "1.weight"}, "missing tensors: 1.weight"),
+        (whole | {"5.weight": torch.zeros(2)}, "unexpected tensors: 5.weight"),
+        (whole | {"3.bias": torch.zeros(7)}, r"misshapen tensors: 3.bias \(7,\) for \(32,\)"),
+        (whole | {"1.bias": torch.full((48,), torch.nan)}, "NaN or infinite tensors: 1.bias"),
+    ]:
+        save_file(changed, path)
+        with pytest.raises(ModelError, match=wrong):
+            load_codi(str(folder))
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ModelError, match="projection.safetensors is damaged"):
+        load_codi(str(folder))
+    path.unlink()
+    with pytest.raises(
+        ModelError, match="projection.safetensors is missing, and codi.json says n_thoughts 6"
+    ):
+        load_codi(str(folder))
+
+
+# -- official --------------------------------------------------------------------------------------
+
+
+def test_official_logits_equal_adapters_that_are_not_merged(official, tensors):
+    """The adapters as peft runs them, y + alpha / rank * (x A^T) B^T, on hooks beside the stored base."""
+    codi = official(tensors)
+    assert (codi.bot, codi.eot, codi.n_thoughts) == (N_WORDS + 1, N_WORDS + 2, 6)
+    reference = GPT2LMHeadModel(codi.model._module.config)
+    state = {
+        key.removeprefix(BASE).replace(".base_layer.", "."): tensor.float()
+        for key, tensor in tensors.items()
+        if key.startswith(BASE) and "lora" not in key
+    }
+    reference.load_state_dict(state)
+    reference.eval()
+    for name, module in reference.named_modules():
+        if f"{BASE}{name}.lora_A.default.weight" in tensors:
+            a, b = (tensors[f"{BASE}{name}.lora_{side}.default.weight"] for side in "AB")
+            module.register_forward_hook(
+                lambda _, args, output, a=a, b=b: output + 32 / 128 * (args[0] @ a.T) @ b.T
+            )
+    ids = torch.tensor([[5, 9, codi.bot, N_WORDS, codi.eot, 77]])
+    with torch.no_grad():
+        expected, base_alone = reference(ids).logits, GPT2LMHeadModel(reference.config)
+        base_alone.load_state_dict(state)
+        found = codi.model._module(ids).logits
+        assert (base_alone.eval()(ids).logits - found).abs().max() > 0.1  # the adapters matter
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_official_weights_equal_a_merge_in_numpy(official, tensors):
+    codi = official(tensors)
+    merged = codi.model._module.state_dict()
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        key = f"{BASE}transformer.h.1.{name}"
+        a, b = (tensors[f"{key}.lora_{side}.default.weight"].numpy() for side in "AB")
+        base = tensors[f"{key}.base_layer.weight"].float().numpy()
+        by_hand = np.array([[base[i, o] + 0.25 * b[o] @ a[:, i] for o in range(4)] for i in range(5)])
+        found = merged[f"transformer.h.1.{name}.weight"][:5, :4]
+        np.testing.assert_allclose(found, by_hand, atol=1e-5)
+        bias = tensors[f"{key}.base_layer.bias"].float()
+        assert torch.equal(merged[f"transformer.h.1.{name}.bias"], bias)
+    module = codi.model._module
+    assert module.lm_head.weight is module.transformer.wte.weight
+    stored = tensors[f"{BASE}transformer.wte.weight"].float()
+    assert torch.equal(module.lm_head.weight, stored)  # <bot> and <eot> come from the file
+    for name in ("1.weight", "3.bias", "ln.bias"):
+        assert torch.equal(codi.projection.state_dict()[name], tensors[f"prj.{name}"])
+    assert provenance(codi.model)["model_id"].endswith("official")
+    half = official(tensors, dtype="bfloat16").model._module.state_dict()
+    assert all(torch.equal(tensor, merged[name].to(torch.bfloat16)) for name, tensor in half.items())
+
+
+def test_an_official_head_may_be_missing_or_written_last(official, tensors):
+    stored = tensors.pop(f"{BASE}lm_head.weight")
+    assert torch.equal(official(tensors).model._module.lm_head.weight, stored.float())
+    # The official loader copies the embedding, then the head, into the one tensor that they share.
+    tensors[f"{BASE}lm_head.weight"] = stored + 1
+    assert torch.equal(official(tensors).model._module.transformer.wte.weight, (stored + 1).float())
+
+
+def test_official_model_thinks_and_numbers_may_be_many_tokens(official):
+    codi = official()
+    found = think(codi, [HIGH.question])
+    read = measure(codi, [HIGH], found.z)
+    np.testing.assert_allclose(read.z[:, :7], found.z, atol=1e-4)
+    words = read.texts[0]
+    of = [read.categories[kind] for kind in read.kinds[0][0]]
+    ids = codi.ids(HIGH.question)
+    operands = {t for t in range(len(ids)) if of[t] == "operand"}
+    assert [words[t] for t in sorted(operands)] == [" 60", " 1", "3"]  # 60 + 13
+    assert [words[t] for t in range(len(ids)) if of[t] == "other operand"] == ["7"]
+    values = {words[t]: codi.token_values[ids[t]] for t in sorted(operands)}
+    assert values[" 60"] == 60 and values[" 1"] == 1 and np.isnan(codi.token_values[codi.ids("A")[0]])
+
+    text = teacher_text(codi, HIGH)
+    decode = codi.model.tokenizer.decode
+    assert decode(text.ids) == HIGH.question + "<<60+13=73>>" + "The answer is:"
+    assert [decode(text.ids[s[0] : s[-1] + 1]) for s in text.results] == ["73"]
+    assert len(text.results[0]) == 2
+    row = measure_text(codi, [HIGH]).kinds[0][0]
+    assert (row >= 0).sum() == text.results[0][0]  # the row before the first token of the result
+
+
+def test_wrong_official_tensors_are_named(official, tensors):
+    key = f"{BASE}transformer.h.0.attn.c_attn"
+    a, base, norm = (
+        f"{key}.lora_A.default.weight",
+        f"{key}.base_layer.weight",
+        f"{BASE}transformer.ln_f.weight",
+    )
+    without = {k: v for k, v in tensors.items() if k not in (a, norm)}
+    for changed, wrong in [
+        (without, f"missing tensors: {a}, {norm}"),
+        ({k: v for k, v in tensors.items() if not k.startswith("prj.ln")}, "missing tensors: prj.ln.bias"),
+        ({k: v for k, v in tensors.items() if k.startswith("prj")}, "missing tensors: .* and .* more"),
+        (tensors | {f"{key}.weight": tensors[base]}, f"unexpected tensors: {key}.weight"),
+        (
+            tensors | {"decoder.weight": tensors[base]},
+            "unexpected tensors: decoder.weight; a CODI checkpoint",
+        ),
+        (tensors | {base: tensors[base].T.clone()}, rf"misshapen tensors: {base} \(96, 32\) for \(32, 96\)"),
+        (tensors | {norm: torch.full((32,), torch.inf)}, f"NaN or infinite tensors: {norm}"),
+        (official_tensors(N_WORDS, rank=64), "is an adapter of rank 64, CODI's are of rank 128"),
+        (official_tensors(N_WORDS - 1), rf"has {N_WORDS + 2} rows; the tokenizer's {N_WORDS} tokens"),
+    ]:
+        with pytest.raises(ModelError, match=wrong) as error:
+            official(changed)
+        assert "pytorch_model.bin" in str(error.value)
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+def test_files_that_are_no_checkpoint_are_named(tmp_path, capsys):
+    folder = save_official(tmp_path / "official")
+    path = folder / "pytorch_model.bin"
+    torch.save({"x": Harmful()}, path)
+    with pytest.raises(ModelError, match="pytorch_model.bin cannot be read as tensors"):
+        load_codi(str(folder), base=str(folder / "base"))
+    assert "ran" not in capsys.readouterr().out
+    path.unlink()
+    with pytest.raises(ModelError, match="neither codi.json .* nor pytorch_model.bin"):
+        load_codi(str(folder))
+
+
+def test_base_of_another_family_or_none(tmp_path, monkeypatch):
+    folder = save_official(tmp_path / "official")
+    config = folder / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    with pytest.raises(ModelError, match="its base is a llama model"):
+        load_codi(str(folder), base=str(folder / "base"))
+    with pytest.raises(ModelError, match="no configuration or tokenizer of its own, and base"):
+        load_codi(str(folder), base=str(tmp_path / "none"))
+
+
+def test_a_hub_id_goes_through_the_hub(tmp_path, monkeypatch):
+    folder = save_official(tmp_path / "official")
+    asked = []
+
+    def fetch(repo_id, revision, allow_patterns):
+        asked.append((repo_id, revision))
+        return str(folder)
+
+    monkeypatch.setattr(codi_checkpoint, "snapshot_download", fetch)
+    codi = load_codi("zen-E/CODI-gpt2", revision="abc", base=str(folder / "base"))
+    assert asked == [("zen-E/CODI-gpt2", "abc")]
+    assert provenance(codi.model)["revision"] == "abc" and codi.folder == folder
+
+    def offline(*args, **options):
+        raise OSError("no network.")
+
+    monkeypatch.setattr(codi_checkpoint, "snapshot_download", offline)
+    with pytest.raises(
+        ModelError, match="'zen-E/CODI-gpt2' is no embedded model, no local folder, and could"
+    ):
+        load_codi("zen-E/CODI-gpt2")
