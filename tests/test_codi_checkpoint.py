@@ -14,9 +14,10 @@ from transformers import GPT2LMHeadModel
 
 from lib import codi_checkpoint, models
 from lib.codi_checkpoint import load_codi
-from lib.latents import measure, measure_text, teacher_text, think
+from lib.latents import think
 from lib.models import ModelError, provenance
 from lib.problems import Equation, Problem
+from lib.readings import measure, measure_text, teacher_text
 
 BASE = "codi.base_model.model."
 N_WORDS = len(byte_tokenizer())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -152,3 +153,67 @@ def _random(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+# -- the same with the bare transformers model, one question at a time -----------------------------
+
+
+def plain_loop(codi, question: str, n_thoughts: int = 6, replaced: dict | None = None, n_tokens: int = 8):
+    """One question, no cache, no batch: z [n + 1, d] before replacement, and greedy tokens."""
+    module, projection = codi.model._module, codi.projection
+    embed = module.transformer.wte
+    with torch.no_grad():
+        stream = embed(torch.tensor([[*codi.ids(question), codi.bot]]))
+        zs = []
+        for k in range(n_thoughts + 1):
+            z = module.transformer(inputs_embeds=stream, use_cache=False).last_hidden_state[:, -1:]
+            zs.append(z[0, 0])
+            if k < n_thoughts:
+                if replaced and k in replaced:
+                    z = torch.from_numpy(replaced[k])[None, None]
+                stream = torch.cat([stream, projection(z)], dim=1)
+        stream = torch.cat([stream, embed(torch.tensor([[codi.eot]]))], dim=1)
+        tokens = []
+        for _ in range(n_tokens):
+            logits = module(inputs_embeds=stream, use_cache=False).logits[0, -1]
+            logits[[codi.bot, codi.eot]] = -torch.inf
+            token = int(logits.argmax())
+            if token == codi.model.tokenizer.eos_token_id:
+                break
+            tokens.append(token)
+            stream = torch.cat([stream, embed(torch.tensor([[token]]))], dim=1)
+    return torch.stack(zs).numpy(), tokens
+
+
+def plain_texts(codi, questions, replaced: dict[int, np.ndarray] | None = None, **options) -> list[str]:
+    """Answers of the plain loop, with z_k of each question replaced by a row of replaced[k]."""
+    found = []
+    for i, question in enumerate(questions):
+        own = {k: values[i] for k, values in (replaced or {}).items()}
+        found.append(codi.model.tokenizer.decode(plain_loop(codi, question, replaced=own, **options)[1]))
+    return found
+
+
+def plain_maps(codi, embeddings: torch.Tensor) -> tuple[np.ndarray, tuple[torch.Tensor, ...]]:
+    """All attention maps of one sequence [layer, head, query, key], and the hidden states."""
+    module = codi.model._module
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = module(
+            inputs_embeds=embeddings, output_attentions=True, output_hidden_states=True, use_cache=False
+        )
+    module.set_attn_implementation("sdpa")
+    return torch.stack(out.attentions)[:, 0].numpy(), out.hidden_states
+
+
+def whole_sequence(codi, question: str, z: np.ndarray) -> torch.Tensor:
+    embed = codi.model._module.transformer.wte
+    with torch.no_grad():
+        return torch.cat(
+            [
+                embed(torch.tensor([[*codi.ids(question), codi.bot]])),
+                codi.projection(torch.from_numpy(z[None, :-1])),
+                embed(torch.tensor([[codi.eot, *codi.ids(codi.answer_prompt)]])),
+            ],
+            dim=1,
+        )
