@@ -394,6 +394,8 @@ def _load_checkpoint(module: torch.nn.Module, model_id: str, folder: Path, revis
 
 def _explain_load_failure(model_id: str, folder: Path, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return ModelError(f"{folder} holds no config.json, so it is no model; pass the folder that does")
     if folder.is_dir():
         return ModelError(f"cannot load {folder}: {first}")
     return ModelError(

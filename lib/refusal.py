@@ -174,7 +174,8 @@ def select_layers(
         induction: log-odds of refusing harmless prompts once the direction is added [layer]; None skips it.
 
     Returns:
-        Layers, none of which need be left. One that was not measured (NaN) is left out.
+        Layers, none of which need be left. A grade that the judge did not give (NaN) is left out, and a layer
+        without any, or without KL.
     """
     compliance, coherence, kl = np.asarray(compliance), np.asarray(coherence), np.asarray(kl)
     if compliance.ndim != 2 or compliance.shape != coherence.shape or len(kl) != len(compliance):
@@ -182,7 +183,8 @@ def select_layers(
             f"compliance and coherence must be [layer, prompt] and kl [layer, ...], not {compliance.shape}, "
             f"{coherence.shape} and {kl.shape}"
         )
-    score = (compliance * coherence).mean(-1)
+    product = np.ma.masked_invalid(compliance * coherence)
+    score = product.mean(-1).filled(np.nan)
     allowed = np.isfinite(score) & (kl.reshape(len(kl), -1).mean(-1) <= max_kl)
     allowed &= np.arange(len(score)) < max_depth * n_layers
     if induction is not None:
@@ -421,10 +423,19 @@ def rank_conditions(
 
     Returns:
         method -> conditions, which are called "METHOD k" or "METHOD k #draw".
+
+    Raises:
+        ValueError: more dimensions than the random control in the stream can be drawn from.
     """
     harmful, safe = extraction.harmful[:, layer], extraction.safe[:, layer]
     everything = torch.cat([harmful, safe, extraction.harmless[:, layer]])
-    d, m = harmful.shape[-1], min(32, len(everything) - 1)
+    d = harmful.shape[-1]
+    m = min(32, d, len(everything) - 1)
+    if max(ks) > m:
+        raise ValueError(
+            f"k_values: {max(ks)} directions, but those of the random control are drawn from {m} components "
+            f"of {len(everything)} streams, 32 at most; lower k_values or take more prompts"
+        )
     found: dict[str, list[Ablation]] = {
         "layers": _growing("layers", extraction.vectors[list(ranked)], ks),
         "categories": _nested("categories", extraction.categories_at(layer), ks),

@@ -5,15 +5,11 @@ What a run needs a kernel for goes through raw papermill; what stops at the para
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
-import nbformat
 import numpy as np
+import papermill_runs as runs
 import pytest
-import yaml
 from tiny import CONFIGS, WORDS, save_tiny
 
 from lib import ROOT
@@ -39,24 +35,9 @@ def papermill(figures, tmp_path):
     """Run the notebook as a person does, from another folder, with parameters by -y and more options."""
 
     def run(parameters: dict, *options: str, **environment: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "papermill", str(NOTEBOOK), "out.ipynb", "--no-progress-bar"]
-        if parameters:
-            command += ["-y", yaml.safe_dump(parameters)]
-        return subprocess.run(
-            [*command, *options], cwd=tmp_path, env=os.environ | environment,
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        return runs.finish(runs.start(NOTEBOOK, tmp_path, parameters, *options, **environment))
 
     return run
-
-
-def leftovers(folder: Path) -> list[str]:
-    """What a run that stopped must not leave: a record, or part of a figure."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    figures = {path.stem for path in files}
-    whole = {f"{figure}.{suffix}" for figure in figures for suffix in ("svg", "png", "npz")}
-    names = {path.name for path in files}
-    return sorted(names ^ whole)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +108,7 @@ def test_what_the_model_can_not_do_stops_the_run_without_a_record(
     run = papermill(SMALL | {"model_id": tiny_model} | changes)
     assert run.returncode != 0
     assert message in run.stderr.strip().splitlines()[-1]
-    assert leftovers(folder) == []
+    assert runs.leftovers(folder) == []
 
 
 def test_unknown_model_without_a_network_is_named_with_what_to_do(papermill, figures, tmp_path):
@@ -137,7 +118,7 @@ def test_unknown_model_without_a_network_is_named_with_what_to_do(papermill, fig
     last = run.stderr.strip().splitlines()[-1]
     assert "model_id 'nobody/no-such-model' is no embedded model" in last and "no local folder" in last
     assert "pass the folder that holds config.json" in last
-    assert leftovers(figures) == []
+    assert runs.leftovers(figures) == []
 
 
 def test_word_that_never_occurs_in_the_window_is_named_and_left_out(papermill, figures, tiny_model, tmp_path):
@@ -155,11 +136,9 @@ def test_word_that_never_occurs_in_the_window_is_named_and_left_out(papermill, f
     with np.load(folder / "ablation.npz") as file:
         assert file["k"].tolist() == [0, 1, 2]
 
-    notebook = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    assert f"words without a mean in the window: {', '.join(WORDS[i] for i in absent)}\n" in printed
-    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    missing = ", ".join(WORDS[i] for i in absent)
+    assert f"words without a mean in the window: {missing}\n" in runs.printed(tmp_path)
+    assert runs.complaints(tmp_path) == []
     with np.load(folder / "planes.npz") as file:
         assert len(file.files) == 4
         for name, plane in file.items():

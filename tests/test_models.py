@@ -155,6 +155,12 @@ def test_truncated_file_is_named(folder):
         load(str(folder))
 
 
+def test_folder_without_config_is_no_model(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=f"{folder} holds no config.json, so it is no model; pass"):
+        load(str(folder))
+
+
 def test_unknown_names_fail_offline_with_a_remedy(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"no embedded model 'organism/inducton'"):
         load("organism/inducton")

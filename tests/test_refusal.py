@@ -195,6 +195,8 @@ def test_layers_are_selected_by_the_mean_of_products_among_those_that_spare_harm
     assert select_layers(compliance, coherence, kl, n_layers=5, induction=[1, 1, 1, -1, 1]) == [0, 2]
     assert select_layers(compliance, coherence, kl + 1, n_layers=5) == []
     compliance[3, 0], kl[0] = np.nan, np.nan
+    assert select_layers(compliance, coherence, kl, n_layers=5) == [3, 2]
+    compliance[3] = np.nan
     assert select_layers(compliance, coherence, kl, n_layers=5) == [2]
     with pytest.raises(ValueError, match=r"must be \[layer, prompt\] and kl \[layer, ...\]"):
         select_layers(compliance, coherence[:4], kl, n_layers=5)
@@ -440,6 +442,8 @@ def test_conditions_of_each_rank_are_of_that_rank(llama, prompt_set):
         torch.testing.assert_close(projector(condition.basis), projector(span), rtol=0, atol=1e-5)
     # Nested: k directions hold the k - 1 before them.
     assert torch.equal(ways["pairs"][1].basis[:1], ways["pairs"][0].basis)
+    with pytest.raises(ValueError, match="k_values: 33 directions, .* lower k_values or take more prompts"):
+        rank_conditions(found, ranked=[2, 1], layer=2, ks=[33, 1], n_random=2, seed=0)
 
 
 def test_layer_that_adds_no_dimension_is_passed_over(llama, prompt_set):
