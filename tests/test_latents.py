@@ -87,6 +87,15 @@ def test_an_answer_ends_at_its_end_token_or_the_last_position(codi, questions, t
         settings.eos_token_id = before
 
 
+def test_bot_and_eot_are_never_written(codi, questions):
+    """Words that this model writes often, as <bot> and as <eot>."""
+    bot, eot = codi.ids("8 41")
+    for other in (replace(codi, bot=bot), replace(codi, eot=eot)):
+        written = think(other, questions, max_answer=8).answers.texts[0]
+        assert written == plain_texts(other, questions)
+        assert not any({other.bot, other.eot} & {*codi.ids(text)} for text in written)
+
+
 def test_twin_patches_equal_a_plain_loop(codi, problems, questions):
     pair = [problem for problem in problems if problem.twin]
     asked = [problem.question for problem in pair]

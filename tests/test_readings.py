@@ -297,6 +297,9 @@ def test_decoding_of_planted_tokens(codi, problems, reading):
     assert found.all_in_top.tolist() == [[True]]
     without = with_lens(codi, reading, [["16", "box"]] * 7)
     assert not decoding(codi, without, [problems[3]]).all_in_top.any()
+    behind = with_lens(codi, reading, [*[["16", "box"]] * 7, ["13", "box"]])
+    behind = replace(behind, rows=(*behind.rows[:7], "<eot>"))
+    assert not decoding(codi, behind, [problems[3]]).all_in_top.any()  # <eot> is no thought
     assert decoding(codi, without, [problems[0]]).all_in_top.all()  # no intermediate result
 
 
@@ -378,6 +381,11 @@ def test_any_rows_of_a_text(codi, problems):
     assert read.rows == ("row 0", "row 1")
     maps, _ = plain_maps(codi, codi.model._module.transformer.wte(torch.tensor([texts[3].ids])))
     np.testing.assert_allclose(read.attention[3], maps.mean((0, 1))[rows[3]], atol=1e-6)
+    # At the >> behind a result, that result is of this step, not an earlier one.
+    closing = measure_text(codi, problems, [[span[-1] for span in text.steps] for text in texts])
+    at, own = texts[3].steps[1][-1], texts[3].results[1][0]
+    assert closing.kinds[3][1, at] == TEXT_CATEGORIES.index("self")
+    assert closing.kinds[3][1, own] == TEXT_CATEGORIES.index("this step")
     with pytest.raises(ValueError, match=r"problem 'a': rows \[99\]; its text has"):
         measure_text(codi, problems, [[99], *rows[1:]])
 
