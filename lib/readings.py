@@ -294,7 +294,7 @@ def _read(
                 f"more than the {sizes.n_positions} positions of this model; leave it out"
             )
 
-    layouts = [_number_positions(codi, problem) for problem in problems]
+    layouts = [number_positions(codi, problem) for problem in problems]
     questions = [len(codi.ids(problem.question)) for problem in problems]
     donors = _donors(problems, questions, seed)
     n = len(rows)
@@ -548,7 +548,7 @@ def _values(codi: CodiModel, reading: Reading) -> np.ndarray:
 # -- tokens ----------------------------------------------------------------------------------------
 
 
-def _number_positions(codi: CodiModel, problem: Problem) -> list[list[int]]:
+def number_positions(codi: CodiModel, problem: Problem) -> list[list[int]]:
     """Tokens of each number in the question."""
     _, offsets = _with_offsets(codi, problem.question)
     return [_overlapping(offsets, number.start, number.stop) for number in problem.numbers]

@@ -35,7 +35,7 @@ from lib.claims import Claim, ClaimsTable
 from lib.parameters import NotebookParameters, check
 
 # Modules of lib that no result depends on. A change in any other one makes cached results void.
-_NOT_COMPUTING = {"__init__", "claims", "parameters", "plots", "record", "run", "widgets"}
+_NOT_COMPUTING = {"__init__", "claims", "dashboard", "parameters", "plots", "record", "run", "widgets"}
 _PACKAGES = ("torch", "numpy", "transformers", "nnsight", "scipy", "networkx", "safetensors", "matplotlib",
              "pydantic")
 _CACHE_PACKAGES = _PACKAGES[:4]
@@ -132,6 +132,19 @@ class Study:
         self._artifact(f"{name}.svg", _svg(fig, alt), alt)
         self._artifact(f"{name}.png", _png(fig, alt), alt)
         self._artifact(f"{name}.npz", _npz({key: np.asarray(value) for key, value in arrays.items()}))
+
+    def page(self, html: str, name: str, *, alt: str) -> None:
+        """Save a page that needs no other file as NAME.html.
+
+        Args:
+            html: of `lib.dashboard.page`.
+            name: file name without suffix.
+            alt: what it shows.
+        """
+        if not alt.strip():
+            raise ValueError(f"page {name}: give alt text")
+        self._reopen()
+        self._artifact(f"{name}.html", html.encode(), alt)
 
     def claim(self, claim: Claim) -> None:
         """Add a claim to the record; one with the same id is replaced."""

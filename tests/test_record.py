@@ -368,6 +368,18 @@ def test_same_figure_has_the_same_bytes_in_another_process(tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
 
+def test_page_is_recorded_with_what_it_shows(study, figure):
+    with pytest.raises(ValueError, match="alt text"):
+        study.page("<p>", "dashboard", alt=" ")
+    path = finish(study, figure)
+    study.page("<p>α", "dashboard", alt="Attention, problem by problem")
+    assert not path.exists(), "a record lists a page that came after it"
+    study.close()
+    assert (study.folder / "dashboard.html").read_text(encoding="utf-8") == "<p>α"
+    artifact = validate_record(path).artifacts["dashboard.html"]
+    assert artifact.alt == "Attention, problem by problem"
+
+
 # --- validation
 
 
