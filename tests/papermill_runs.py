@@ -33,11 +33,12 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for papermill and its kernel, which is in a session of its own."""
-    family = [*psutil.Process(process.pid).children(recursive=True), process]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family[:-1])
+    """SIGKILL for papermill, unless it ended, and for its kernel, which is in a session of its own."""
+    if process.poll() is None:
+        kernels = psutil.Process(process.pid).children(recursive=True)
+        for member in (*kernels, process):
+            member.kill()
+        psutil.wait_procs(kernels)
     process.communicate()
 
 
