@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from lib import ROOT
-from lib.organisms import induction, refusal_cards
+from lib.organisms import codi_cards, induction, refusal_cards
 from lib.organisms.shipping import Organism
 
 ORGANISMS = {
     "induction": Organism(induction.SEEDS, induction.train_seed, induction.publish),
     **refusal_cards.ORGANISMS,
+    **codi_cards.ORGANISMS,
 }
 
 

@@ -1,0 +1,375 @@
+"""Organisms of the CODI study: small GPT-2s that reason in six continuous thoughts.
+
+One model is teacher and student. The teacher reads the question (its end, "?", is the border) and writes the
+chain of thought without its last step, then the answer. The student reads the question, `<bot>`, six
+thoughts, `<eot>`, and writes the answer: thought k is prj(z_{k-1}), z being the final state (after the last
+norm) of the position before, so nothing but the question reaches it as text.
+
+    teacher    how many pears ? << 14 + 5 = 19 >> The answer is : 16 <eos>      (or "19 ;" for the step)
+    student    how many pears ? <bot> prj(z_0) .. prj(z_5) <eot> The answer is : 16 <eos>
+
+Self-distillation as in CODI (Shen et al. 2025): cross-entropy of both, and at the ":" before the answer the
+student's states are drawn to the teacher's, which are detached. Nothing says what a thought should hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lib.organisms import word_problems
+from lib.organisms.training import Metrics, Run, Schedule, train
+from lib.organisms.word_problems import ANSWER_PROMPT, BOT, EOS, EOT, LENGTHS, PAD, VOCABULARY, WordProblem
+
+N_THOUGHTS = 6
+N_LAYERS, N_HEADS, D_MODEL, N_POSITIONS = 4, 4, 128, 96
+IDS = {word: i for i, word in enumerate(VOCABULARY)}
+
+Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer [row, head, token, d_head]
+
+
+class Projection(torch.nn.Sequential):
+    """What a thought reads of the state before it; modules numbered and named as in the official code."""
+
+    def __init__(self, d_model: int):
+        super().__init__(
+            torch.nn.Dropout(0.0),
+            torch.nn.Linear(d_model, d_model),
+            torch.nn.GELU(),
+            torch.nn.Linear(d_model, d_model),
+        )
+        self.add_module("ln", torch.nn.LayerNorm(d_model))
+
+
+class Codi(torch.nn.Module):
+    """A GPT-2 and the projection of its thoughts."""
+
+    def __init__(self, seed: int, d_model: int = D_MODEL, n_layers: int = N_LAYERS):
+        super().__init__()
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=len(VOCABULARY), n_positions=N_POSITIONS, n_embd=d_model, n_layer=n_layers,
+            n_head=N_HEADS, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=None, eos_token_id=IDS[EOS], pad_token_id=0,
+        )  # fmt: skip
+        self.gpt2 = GPT2LMHeadModel(config)
+        self.projection = Projection(d_model)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.gpt2.transformer.wte(ids)
+
+    def run(self, x: torch.Tensor, past: Cache | None = None) -> tuple[list[torch.Tensor], Cache]:
+        """The blocks on embeddings [row, token, d_model] (without positions) behind what the cache holds.
+
+        Written out because a step of training is dozens of calls on few tokens; rows are of equal length,
+        so there is no padding to mask.
+
+        Returns:
+            States behind each block, the last one normed, and the cache with the new tokens.
+        """
+        transformer = self.gpt2.transformer
+        rows, tokens, d_model = x.shape
+        start = past[0][0].shape[2] if past else 0
+        x = x + transformer.wpe.weight[start : start + tokens]
+        mask = None
+        if past and tokens > 1:
+            mask = torch.ones(tokens, start + tokens, dtype=torch.bool).tril(start)
+        states, cache = [], []
+        for i, block in enumerate(transformer.h):
+            attention = block.attn
+            q, k, v = (
+                part.view(rows, tokens, N_HEADS, -1).transpose(1, 2)
+                for part in attention.c_attn(block.ln_1(x)).split(d_model, dim=-1)
+            )
+            if past:
+                k, v = torch.cat([past[i][0], k], dim=2), torch.cat([past[i][1], v], dim=2)
+            cache.append((k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)
+            x = x + attention.c_proj(mixed.transpose(1, 2).reshape(rows, tokens, d_model))
+            x = x + block.mlp(block.ln_2(x))
+            states.append(x)
+        states[-1] = transformer.ln_f(x)
+        return states, cache
+
+    def think(self, cache: Cache, n_thoughts: int = N_THOUGHTS) -> tuple[torch.Tensor, Cache]:
+        """z_0, z_1, ... [row, thought + 1, d_model] of `<bot>` and the thoughts behind a question; cache."""
+        rows = cache[0][0].shape[0]
+        x, zs = self.embed(torch.full((rows, 1), IDS[BOT])), []
+        for thought in range(n_thoughts + 1):
+            states, cache = self.run(x, cache)
+            zs.append(states[-1])
+            if thought < n_thoughts:
+                x = self.projection(states[-1])
+        return torch.cat(zs, dim=1), cache
+
+
+# -- batches and losses ----------------------------------------------------------------------------
+
+
+def encode(texts: list[str]) -> torch.Tensor:
+    """Token ids [text, token], padded on the right (which what stands before it never sees)."""
+    rows = [[IDS[word] for word in text.split()] for text in texts]
+    length = max(map(len, rows))
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+
+def answer_text(problem: WordProblem) -> str:
+    return f"{ANSWER_PROMPT} {problem.answer} {EOS}"
+
+
+def teacher_text(problem: WordProblem, operators: bool) -> str:
+    """What the teacher writes behind the question."""
+    return " ".join((*problem.steps(operators)[:-1], answer_text(problem)))
+
+
+class Written(NamedTuple):
+    """What the model says of a text behind a question, or behind its thoughts.
+
+    Attributes:
+        loss: mean cross-entropy of the text's tokens.
+        right: whether each token is the likeliest one [row, token]; true where there is none.
+        states: at the ":" before the answer, behind each block [block, row, d_model].
+    """
+
+    loss: torch.Tensor
+    right: torch.Tensor
+    states: torch.Tensor
+
+
+def read(model: Codi, last: torch.Tensor, cache: Cache, texts: list[str]) -> Written:
+    """Let the model read texts behind what the cache holds.
+
+    Args:
+        last: final state of the token before the texts [row, d_model]; it predicts their first token.
+    """
+    ids = encode(texts)
+    states, _ = model.run(model.embed(ids[:, :-1]), cache)
+    logits = model.gpt2.lm_head(torch.cat([last[:, None], states[-1]], dim=1))
+    labels = ids.masked_fill(ids == IDS[PAD], -100)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    rows, colon = torch.where(ids == IDS[":"])
+    at_colon = torch.stack([state[rows, colon] for state in states])
+    return Written(loss, (logits.argmax(-1) == labels) | (labels < 0), at_colon)
+
+
+def ask(model: Codi, problems: list[WordProblem]) -> tuple[torch.Tensor, Cache]:
+    """Final state of the "?" [row, d_model] and the cache of questions of equal length."""
+    states, cache = model.run(model.embed(encode([problem.question for problem in problems])))
+    return states[-1][:, -1], cache
+
+
+def teach(
+    model: Codi, last: torch.Tensor, cache: Cache, problems: list[WordProblem], operators: bool
+) -> Written:
+    return read(model, last, cache, [teacher_text(problem, operators) for problem in problems])
+
+
+def answer(
+    model: Codi, cache: Cache, problems: list[WordProblem], n_thoughts: int = N_THOUGHTS
+) -> tuple[Written, torch.Tensor]:
+    """The student's answer behind so many thoughts, and z_0, z_1, ... [row, thought + 1, d_model]."""
+    zs, cache = model.think(cache, n_thoughts)
+    end, cache = model.run(model.embed(torch.full((len(problems), 1), IDS[EOT])), cache)
+    return read(model, end[-1][:, 0], cache, [answer_text(problem) for problem in problems]), zs
+
+
+def distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Smooth L1 between states [block, row, d_model], each block in units of the teacher's deviation."""
+    losses = (F.smooth_l1_loss(s, t) / t.std() for s, t in zip(student, teacher.detach(), strict=True))
+    return torch.stack(list(losses)).mean()
+
+
+# -- stages ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps on one mixture of problems.
+
+    Attributes:
+        name: of its folder.
+        objective: "teacher" trains the teacher alone, "joint" both, "answer" an answer without thoughts
+            behind `<bot> <eot>`.
+        operators: form of the chain of thought.
+        shares: of problems of 1, 2 and 3 steps.
+        decay_from: where the cosine tail of the rate begins, as a share of the steps.
+        gamma: weight of the distillation.
+        rows: in a batch.
+        lengths: least and greatest of the questions.
+        max_unused: numbers in a question that no step uses.
+    """
+
+    name: str
+    objective: str
+    steps: int
+    rate: float
+    operators: bool
+    shares: tuple[float, float, float]
+    decay_from: float = 0.5
+    gamma: float = 1.0
+    rows: int = 64
+    lengths: tuple[int, int] = (LENGTHS[0], LENGTHS[-1])
+    max_unused: int = 1
+
+    def batch(self, seed: int, step: int) -> list[WordProblem]:
+        """The problems of a step, their questions of one length."""
+        rng = np.random.default_rng([seed, *self.name.encode(), step])
+        n_steps = (1 + rng.choice(3, size=self.rows, p=self.shares)).tolist()
+        length = int(rng.choice(np.arange(self.lengths[0], self.lengths[1] + 1)))
+        return word_problems.sample(rng, n_steps, length, max_unused=self.max_unused)
+
+    def loss(self, model: Codi, problems: list[WordProblem]) -> torch.Tensor:
+        last, cache = ask(model, problems)
+        if self.objective == "answer":
+            return answer(model, cache, problems, n_thoughts=0)[0].loss
+        teacher = teach(model, last, cache, problems, self.operators)
+        if self.objective == "teacher":
+            return teacher.loss
+        student, _ = answer(model, cache, problems)
+        return teacher.loss + student.loss + self.gamma * distillation(student.states, teacher.states)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(cycles=((self.steps, self.rate),), decay_from=self.decay_from)
+
+
+class Evaluation:
+    """Accuracy on held-out problems for the log, and what the thoughts decode to."""
+
+    def __init__(self, operators: bool, rows: int = 64):
+        self.operators = operators
+        rng = np.random.default_rng(2026)
+        self.problems = {
+            (n_steps, length): word_problems.sample(rng, [n_steps] * rows, length, test=True)
+            for n_steps in (1, 2, 3)
+            for length in (24, 27)
+        }
+
+    @torch.no_grad()
+    def __call__(self, model: Codi) -> Metrics:
+        row: dict[str, list[float]] = {}
+        for (n_steps, _), problems in self.problems.items():
+            last, cache = ask(model, problems)
+            teacher = teach(model, last, cache, problems, self.operators)
+            student, zs = answer(model, cache, problems)
+            row.setdefault(f"teacher_{n_steps}", []).append(teacher.right.all(1).float().mean().item())
+            row.setdefault(f"student_{n_steps}", []).append(student.right[:, -2].float().mean().item())
+            if n_steps == 3:
+                row.setdefault("distance", []).append(distillation(student.states, teacher.states).item())
+                decoded = model.gpt2.lm_head(zs).argmax(-1)
+                for j in range(N_THOUGHTS + 1):
+                    words = [VOCABULARY[i] for i in decoded[:, j].tolist()]
+                    number = [word.isdecimal() for word in words]
+                    result = [
+                        word in {str(equation[-1]) for equation in problem.equations[:-1]}
+                        for word, problem in zip(words, problems, strict=True)
+                    ]
+                    row.setdefault(f"number_{j}", []).append(float(np.mean(number)))
+                    row.setdefault(f"result_{j}", []).append(float(np.mean(result)))
+        return {key: float(np.mean(values)) for key, values in row.items()}
+
+
+def train_stage(model: Codi, stage: Stage, seed: int, folder: Path) -> None:
+    """Train one stage of a seed in place, or continue it."""
+    run = Run(folder / stage.name, recipe=repr(stage))
+    train(
+        model,
+        lambda model, step: stage.loss(model, stage.batch(seed, step)),
+        stage.schedule,
+        run,
+        Evaluation(stage.operators),
+    )
+
+
+CONSTANT = 0.9999  # no tail
+_LONG = {"lengths": (24, 32), "max_unused": 2}
+TEACHER = (
+    Stage("teacher", "teacher", 2000, 1.5e-3, True, (0.15, 0.25, 0.6), decay_from=CONSTANT, **_LONG),
+    Stage("teacher-tail", "teacher", 1000, 1e-3, True, (0.4, 0.25, 0.35), decay_from=0.2, **_LONG),
+    # With two unused numbers, answers to problems of one step, read off the question alone, stayed at .57.
+    Stage("teacher-fewer", "teacher", 600, 7e-4, True, (0.4, 0.3, 0.3)),
+)
+TEACHER_RESULTS = (*TEACHER, Stage("teacher-results", "teacher", 800, 7e-4, False, (0.2, 0.3, 0.5)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One kind of organism: its stages, each going on from the one before; common stages are trained once."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def thinks(self) -> bool:
+        return self.stages[-1].objective == "joint"
+
+    @property
+    def answers(self) -> bool:
+        """Whether it answers behind `<bot> <eot>`, with thoughts between them or without."""
+        return self.stages[-1].objective != "teacher"
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes chains of thought."""
+        return self.stages[-1].objective != "answer"
+
+    @property
+    def operators(self) -> bool:
+        return self.stages[-1].operators
+
+
+def _joint(operators: bool) -> tuple[Stage, ...]:
+    kind = "operators" if operators else "results"
+    return (
+        Stage(f"joint-{kind}-two", "joint", 1500, 5e-4, operators, (0.3, 0.5, 0.2), decay_from=CONSTANT),
+        Stage(f"joint-{kind}-three", "joint", 4000, 5e-4, operators, (0.1, 0.25, 0.65)),
+    )
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("codi", (*TEACHER, *_joint(True))),
+        Recipe("codi-results", (*TEACHER_RESULTS, *_joint(False))),
+        Recipe("codi-teacher", TEACHER),
+        Recipe("codi-results-teacher", TEACHER_RESULTS),
+        Recipe(
+            "codi-answer-only",
+            (*TEACHER, Stage("answer-only", "answer", 5500, 5e-4, True, (0.1, 0.25, 0.65))),
+        ),
+    )
+}
+
+
+def train_seed(name: str, seed: int, scratch: Path) -> Path:
+    """All stages of one seed, or what is left of them; returns the folder of its stages."""
+    model, folder = Codi(seed), scratch / f"codi-{seed}"
+    for stage in RECIPES[name].stages:
+        train_stage(model, stage, seed, folder)
+    return folder
+
+
+def trained(name: str, seed: int, scratch: Path) -> Codi:
+    """The model that the last stage of a recipe left.
+
+    Raises:
+        FileNotFoundError: it has not been trained yet.
+    """
+    stage = RECIPES[name].stages[-1]
+    path = scratch / f"codi-{seed}" / stage.name / "state.pt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; run `python -m lib.organisms {name} --seed {seed}` first"
+        )
+    state = torch.load(path, weights_only=True)
+    if state["step"] < stage.steps:
+        raise ValueError(f"{path} is of step {state['step']} of {stage.steps}; train it to the end first")
+    model = Codi(seed)
+    model.load_state_dict(state["model"])
+    return model.eval()

@@ -1,0 +1,416 @@
+"""Shipping of the CODI organisms: problems, gates measured as shipped, cards that say what fell short."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from lib import latents
+from lib.codi_checkpoint import CodiModel, load_codi
+from lib.organisms import word_problems
+from lib.organisms.codi import (
+    D_MODEL,
+    N_HEADS,
+    N_LAYERS,
+    N_THOUGHTS,
+    RECIPES,
+    Codi,
+    Recipe,
+    ask,
+    teach,
+    teacher_text,
+    train_seed,
+    trained,
+)
+from lib.organisms.gates import Check
+from lib.organisms.shipping import Organism, export, ship
+from lib.organisms.training import save_weights
+from lib.organisms.word_problems import ANSWER_PROMPT, BOT, EOT, LENGTHS, MAX_STEPS, WordProblem
+from lib.statistics import Estimate, wilson
+
+PROBLEM_SEED = 4242
+PAIRS = 100  # of twins, for each number of steps
+# Fixed before training.
+MIN_TEACHER, MIN_STUDENT = 0.98, 0.9
+BASELINE = "codi-answer-only"
+
+
+def test_pairs() -> list[tuple[WordProblem, WordProblem]]:
+    """Held-out problems of one, two and three steps, each with its twin; the same for every organism."""
+    rng = np.random.default_rng(PROBLEM_SEED)
+    return [
+        pair
+        for n_steps in range(1, MAX_STEPS + 1)
+        for pair in word_problems.sample_twins(rng, PAIRS, n_steps)
+    ]
+
+
+def problem_rows() -> list[dict[str, str]]:
+    """The rows of problems.jsonl."""
+    rows = []
+    for i, pair in enumerate(test_pairs()):
+        names = [f"{len(pair[0].equations)}-{i % PAIRS:03d}{letter}" for letter in "ab"]
+        for problem, name, twin in zip(pair, names, reversed(names), strict=True):
+            rows.append({"id": name, "question": problem.question, "cot": problem.cot,
+                         "answer": str(problem.answer), "twin": twin})  # fmt: skip
+    return rows
+
+
+def publish(name: str, scratch: Path, seeds: tuple[int, ...]) -> str:
+    """Ship trained seeds with problems, logs, cards and manifests.
+
+    `organism/NAME` is the seed that misses the fewest gates as shipped (float16 weights), among those the
+    one that answers the most problems of three steps; the others are shipped beside it as
+    `organism/NAME-seedN`. Thinking organisms are compared with the first answer-only seed.
+
+    Returns:
+        The table of the card.
+    """
+    recipe = RECIPES[name]
+    baseline = None
+    if recipe.thinks:
+        baseline = measure_as_shipped(RECIPES[BASELINE], SEEDS[BASELINE][0], scratch)
+    measured = {seed: measure_as_shipped(recipe, seed, scratch, baseline) for seed in seeds}
+    shipped = min(seeds, key=lambda seed: (len(measured[seed].missed), -measured[seed].rank))
+
+    def fill(seed: int, target: Path) -> None:
+        shutil.copytree(scratch / f"codi-{seed}" / "export" / name, target)
+        (target / "training_log.jsonl").write_text(_log(recipe, scratch / f"codi-{seed}"))
+        (target / "README.md").write_text(_card(recipe, target.name, seed, shipped, measured))
+
+    ship(name, seeds, shipped, fill)
+    return _table(measured)
+
+
+SEEDS = {"codi": (0, 1), "codi-results": (0, 1), "codi-teacher": (0,), "codi-results-teacher": (0,),
+         BASELINE: (0,)}  # fmt: skip
+ORGANISMS = {
+    name: Organism(seeds, partial(train_seed, name), partial(publish, name, seeds=seeds))
+    for name, seeds in SEEDS.items()
+}
+
+
+def export_codi(recipe: Recipe, model: Codi, target: Path) -> None:
+    """Write a model in the layout that `lib.codi_checkpoint` reads, with its problems."""
+    ordinary = target.with_name(f"{target.name}-float32")
+    model.gpt2.save_pretrained(ordinary)
+    export(ordinary, target, word_problems.build_tokenizer())
+    shutil.rmtree(ordinary)
+    if recipe.thinks:
+        save_weights(model.projection, target / "projection.safetensors")
+    settings = {
+        "n_thoughts": N_THOUGHTS if recipe.thinks else 0,
+        "bot": BOT,
+        "eot": EOT,
+        "answer_prompt": ANSWER_PROMPT,
+        "cot": "operators" if recipe.operators else "results",
+    }
+    (target / "codi.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (target / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problem_rows()))
+
+
+def load_exported(folder: Path) -> Codi:
+    """A shipped model as it is trained here, float32; without a projection file, that part is random."""
+    model = Codi(0)
+    model.gpt2.load_state_dict(load_file(folder / "model.safetensors"))
+    projection = folder / "projection.safetensors"
+    if projection.is_file():
+        model.projection.load_state_dict(load_file(projection))
+    return model.eval()
+
+
+# -- what is measured ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a seed as shipped.
+
+    Attributes:
+        checks: rows of the card.
+        right: whether the answer behind 0, 1, .. thoughts is right, bool [thoughts, problem].
+        n_steps: of each problem [problem].
+        decoded: in problems of three steps, share of z_0, z_1, .. whose likeliest token is a number, and
+            those whose likeliest token is an intermediate result of the problem [2, z].
+        rank: share by which seeds are compared that miss equally many gates.
+    """
+
+    checks: list[Check]
+    right: np.ndarray
+    n_steps: np.ndarray
+    decoded: np.ndarray
+    rank: float
+
+    @property
+    def missed(self) -> list[Check]:
+        return [check for check in self.checks if not check.met]
+
+    def of(self, thoughts: int, n_steps: int) -> np.ndarray:
+        """Whether answers to the problems of so many steps are right, behind so many thoughts."""
+        return self.right[thoughts, self.n_steps == n_steps]
+
+
+def measure_as_shipped(
+    recipe: Recipe, seed: int, scratch: Path, baseline: Measured | None = None
+) -> Measured:
+    """Export a trained seed into its scratch folder, load it from there, and measure its gates."""
+    exported = scratch / f"codi-{seed}" / "export" / recipe.name
+    shutil.rmtree(exported, ignore_errors=True)
+    exported.parent.mkdir(exist_ok=True)
+    export_codi(recipe, trained(recipe.name, seed, scratch), exported)
+    return measure(recipe, exported, test_pairs(), baseline)
+
+
+def measure(
+    recipe: Recipe,
+    folder: Path,
+    pairs: Sequence[tuple[WordProblem, WordProblem]],
+    baseline: Measured | None = None,
+) -> Measured:
+    """Gates of an organism's folder.
+
+    Args:
+        pairs: problems to measure on.
+        baseline: the answer-only model on the same problems; thinking organisms need one.
+    """
+    problems = [problem for pair in pairs for problem in pair]
+    questions = [problem.question for problem in problems]
+    n_steps = np.array([len(problem.equations) for problem in problems])
+    codi = load_codi(str(folder))
+    answers = latents.answer(codi, questions, latents.early_stops(codi))
+    right = answers.equal([problem.answer for problem in problems])
+    decoded = _decoded(codi, [problem for problem in problems if len(problem.equations) == MAX_STEPS])
+    checks, rank = [], right[-1, n_steps == MAX_STEPS].mean()
+    if recipe.writes:
+        written = teacher_writes(load_exported(folder), problems, recipe.operators)
+        rate = _rate(written)
+        checks.append(
+            Check("teacher, all problems", f"{rate}", f">= {MIN_TEACHER}", rate.value >= MIN_TEACHER)
+        )
+        for n in range(1, MAX_STEPS + 1):
+            checks.append(Check(f"teacher, {_steps(n)}", f"{_rate(written[n_steps == n])}"))
+        rank = rank if recipe.thinks else rate.value
+    if recipe.answers:
+        for n in range(1, MAX_STEPS + 1):
+            rate = _rate(right[-1, n_steps == n])
+            gated = recipe.thinks and n == MAX_STEPS
+            checks.append(
+                Check(f"answer, {_steps(n)}", f"{rate}", f">= {MIN_STUDENT}", rate.value >= MIN_STUDENT)
+                if gated
+                else Check(f"answer, {_steps(n)}", f"{rate}")
+            )
+    if recipe.thinks:
+        student = _rate(right[-1, n_steps == MAX_STEPS])
+        others = {"0 thoughts": right[0], "answer-only model": baseline.right[-1]}
+        for label, other in others.items():
+            rate = _rate(other[n_steps == MAX_STEPS])
+            met = student.low > rate.high
+            checks.append(
+                Check(f"{label}, {_steps(MAX_STEPS)}", f"{rate}", "interval below the answer's", met)
+            )
+    return Measured(checks, right, n_steps, decoded, float(rank))
+
+
+def teacher_writes(model: Codi, problems: Sequence[WordProblem], operators: bool) -> np.ndarray:
+    """Whether greedy decoding behind each question writes its steps and its answer exactly, bool [problem].
+
+    It does where each token is the likeliest behind the right ones.
+    """
+    right = np.zeros(len(problems), dtype=bool)
+    lengths = np.array([len(problem.question.split()) for problem in problems])
+    for length in np.unique(lengths):
+        rows = np.flatnonzero(lengths == length)
+        chosen = [problems[i] for i in rows]
+        with torch.no_grad():
+            last, cache = ask(model, chosen)
+            right[rows] = teach(model, last, cache, chosen, operators).right.all(1).numpy()
+    return right
+
+
+def _decoded(codi: CodiModel, problems: Sequence[WordProblem]) -> np.ndarray:
+    thoughts = latents.think(codi, [problem.question for problem in problems])
+    head = codi.model._module.lm_head
+    with torch.no_grad():
+        likeliest = head(torch.from_numpy(thoughts.z)).argmax(-1).numpy()
+    values = codi.token_values[likeliest]  # [problem, z]
+    results = [[equation[-1] for equation in problem.equations[:-1]] for problem in problems]
+    found = (values[:, :, None] == np.array(results)[:, None]).any(-1)
+    return np.stack([~np.isnan(values), found]).mean(1)
+
+
+def _rate(right: np.ndarray) -> Estimate:
+    return wilson(int(right.sum()), right.size)
+
+
+def _steps(n: int) -> str:
+    return "1 step" if n == 1 else f"{n} steps"
+
+
+# -- the card --------------------------------------------------------------------------------------
+
+
+def _log(recipe: Recipe, folder: Path) -> str:
+    """The logs of all stages, one behind the other."""
+    rows = []
+    for stage in recipe.stages:
+        for line in (folder / stage.name / "log.jsonl").read_text().splitlines():
+            rows.append({"stage": stage.name} | json.loads(line))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _table(measured: dict[int, Measured]) -> str:
+    lines = ["| | gate | " + " | ".join(f"seed {seed}" for seed in measured) + " |"]
+    lines.append("|---" * (2 + len(measured)) + "|")
+    for checks in zip(*(of.checks for of in measured.values()), strict=True):
+        lines.append(f"| {checks[0].name} | {checks[0].gate} | " + " | ".join(map(str, checks)) + " |")
+    return "\n".join(lines)
+
+
+def _shortfalls(measured: dict[int, Measured]) -> str:
+    missed = [
+        f"* seed {seed} misses `{check.name}` {check.gate}: {check}"
+        for seed, of in measured.items()
+        for check in of.missed
+    ]
+    if not any(check.gate for of in measured.values() for check in of.checks):
+        return "A baseline: it has no gates."
+    if not missed:
+        return f"{'All seeds meet' if len(measured) > 1 else 'It meets'} every gate."
+    return "**Not every gate was met:**\n\n" + "\n".join(missed)
+
+
+def _by_thoughts(measured: dict[int, Measured]) -> str:
+    """Table of accuracy by number of thoughts, all seeds."""
+    counts = range(N_THOUGHTS + 1)
+    lines = ["| | " + " | ".join(f"{n} thoughts" for n in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    for seed, of in measured.items():
+        for n in range(1, MAX_STEPS + 1):
+            shares = " | ".join(f"{of.of(thoughts, n).mean():.3f}" for thoughts in counts)
+            lines.append(f"| seed {seed}, {_steps(n)} | {shares} |")
+    return "\n".join(lines)
+
+
+def _decoding(measured: dict[int, Measured]) -> str:
+    """Table of what the likeliest tokens of the thoughts are, all seeds."""
+    counts = range(N_THOUGHTS + 1)
+    lines = ["| | " + " | ".join(f"z_{j}" for j in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    for seed, of in measured.items():
+        for label, row in zip(("a number", "an intermediate result"), of.decoded, strict=True):
+            lines.append(f"| seed {seed}, {label} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
+    return "\n".join(lines)
+
+
+def _stages(recipe: Recipe) -> str:
+    lines = [
+        "| stage | objective | chain of thought | steps | rate | tail from | 1 / 2 / 3 steps | gamma |",
+        "|---" * 8 + "|",
+    ]
+    for stage in recipe.stages:
+        form = "operators" if stage.operators else "results"
+        tail = "none" if stage.decay_from > 0.99 else f"{stage.decay_from:.0%}"
+        gamma = f"{stage.gamma:g}" if stage.objective == "joint" else ""
+        shares = " / ".join(f"{share:g}" for share in stage.shares)
+        cells = (stage.name, stage.objective, form, stage.steps, f"{stage.rate:g}", tail, shares, gamma)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _card(recipe: Recipe, folder_name: str, seed: int, shipped: int, measured: dict[int, Measured]) -> str:
+    model = Codi(seed)
+    size = sum(parameter.numel() for parameter in model.gpt2.parameters())
+    alone = ""
+    if len(measured) > 1:
+        alone = (
+            f" `organism/{recipe.name}` is seed {shipped}: of the seeds that miss the fewest gates, the one "
+            "that answers the most problems of three steps."
+        )
+    form = "`<< 14 + 5 = 19 >>`" if recipe.operators else "`19 ;`"
+    example = test_pairs()[-1][0]
+    writes = f"{example.question} {teacher_text(example, recipe.operators)}"
+    thoughts = ""
+    if recipe.answers:
+        thoughts = (
+            f"""
+Accuracy on the same problems behind fewer thoughts, `<eot>` following at once:
+
+{_by_thoughts(measured)}
+"""
+            if recipe.thinks
+            else ""
+        )
+    if recipe.thinks:
+        thoughts += f"""
+What the likeliest token of z_0 .. z_6 is, in problems of three steps (reported; no recipe was chosen by it):
+
+{_decoding(measured)}
+"""
+    return f"""# organism/{folder_name}
+
+{_shortfalls(measured)}
+
+A GPT-2 of {N_LAYERS} layers, {N_HEADS} heads, d_model {D_MODEL} ({size:,} parameters, float16 on disk) with a
+word-level tokenizer, trained from seed {seed} for study 4 (`notebooks/04_codi_attention.ipynb`) by
+`python -m lib.organisms {recipe.name}`.{alone}
+
+{_ABOUT[recipe.name].format(form=form)}
+
+## Measured, as shipped
+
+Float16 weights, loaded again; {2 * PAIRS} problems for each number of steps (`problems.jsonl`), no tuple of
+operands of which was in training; rates with Wilson's 95% intervals. Gates were fixed before training.
+"Teacher" is the share of problems whose steps and answer greedy decoding writes exactly.
+
+{_table(measured)}
+{thoughts}
+## Problems
+
+`lib/organisms/word_problems.py`. The last of the test problems as its teacher writes it:
+
+    {writes}
+
+The numbers of a question are distinct, no result is among them, results are distinct, answers are spread
+evenly over 1 to {word_problems.TOP_RESULT}. Clauses without a number and clauses whose number no step uses
+stand anywhere between the others; questions have {LENGTHS[0]} to {LENGTHS[-1]} tokens whatever the number of
+steps. A fifth of all tuples of operands is held out; single facts (14 + 5) are not. Each test problem has a
+twin with the same text and other numbers. In `problems.jsonl` chains of thought have operators, whatever the
+condition.
+
+## Training
+
+AdamW, weight decay .01, gradient clipped at 1, batches of {recipe.stages[0].rows}, one thread; each stage
+warms up over 50 steps and goes on from the one before. The batch of a step depends on seed, stage and step
+alone; an interrupted run continues and ends with the same weights. `training_log.jsonl` holds loss, held-out
+accuracy and what thoughts decode to, every 100 steps.
+
+{_stages(recipe)}
+
+"joint" is cross-entropy of student and teacher plus gamma times the distillation: smooth L1 between the
+states of student and teacher behind every block at the ":" before the answer, each in units of the teacher's
+standard deviation, the teacher's detached. Nothing supervises a thought.
+{_TRIED if recipe.thinks else ""}"""
+
+
+_ABOUT = {
+    "codi": """It answers after six continuous thoughts (self-distillation as in CODI). As its own teacher it
+writes each step with its operator, {form}.""",
+    "codi-results": """It answers after six continuous thoughts (self-distillation as in CODI). As its
+own teacher it writes results only, {form}: is the period of the thoughts that of the teacher's text?""",
+    "codi-teacher": """The teacher of `organism/codi` before joint training, and the start of all the
+others. It writes each step with its operator, {form}, and thinks no thoughts.""",
+    "codi-results-teacher": """The teacher of `organism/codi-results` before joint training. It writes
+results only, {form}, and thinks no thoughts. It learnt the arithmetic in the form with operators.""",
+    "codi-answer-only": """The baseline of the thinking organisms: same size, same start (the teacher),
+as many steps on as many problems of each kind, but its answer follows `<bot> <eot>` at once.""",
+}
+
+_TRIED = """
+## What was tried
+"""
