@@ -4,24 +4,14 @@
 * straightforward: one condition and one walk at a time, plain hooks, softmax over the
   whole vocabulary, a Python loop over positions;
 * floor: as many bare forwards of the unablated model, in batches, with nothing measured.
-
-Every measurement is a process of its own; the three take turns, and the ratio of a round compares runs
-that are next to each other in time. Memory is the highest resident set during the work minus the one
-before it (weights loaded, one warm-up forward done).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
-METHODS = ("ours", "straightforward", "floor")
+from benchmarks.side_by_side import Round, main, measured, print_table, random_llama
+
 CASES = {
     "organism/induction": {"n_walks": 16, "length": 400, "k_values": [1, 2, 4, 8], "n_draws": 4},
     "random 12-layer Llama, 32k vocabulary": {
@@ -31,62 +21,31 @@ CASES = {
         "n_draws": 4,
     },
 }
+LLAMA = {
+    "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "METHOD"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(*arguments.one, Path(arguments.folder), arguments.threads)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
-            rounds = []
-            for _ in range(arguments.rounds):
-                rounds.append({method: _child(case, method, folder, arguments.threads) for method in METHODS})
-            report(case, rounds)
-
-
-def report(case: str, rounds: list[dict[str, dict]]) -> None:
-    settings = CASES[case]
-    first = rounds[0]["ours"]
+def report(case: str, rounds: list[Round]) -> None:
+    settings, first = CASES[case], rounds[0]["ours"]
     print(
         f"\n{case}: {first['conditions']} conditions x "
         f"{settings['n_walks']} walks x {settings['length']} tokens"
     )
-    print(f"{'':16s}{'seconds':>9s}{'/ floor':>9s}{'MB above weights':>18s}{'/ straightforward':>19s}")
-    for method in METHODS:
-        seconds = statistics.median(r[method]["seconds"] for r in rounds)
-        ratio = statistics.median(r[method]["seconds"] / r["floor"]["seconds"] for r in rounds)
-        memory = statistics.median(r[method]["megabytes"] for r in rounds)
-        share = statistics.median(r[method]["megabytes"] / r["straightforward"]["megabytes"] for r in rounds)
-        print(f"{method:16s}{seconds:9.2f}{ratio:9.2f}{memory:18.0f}{share:19.2f}")
+    print_table(rounds)
     differences = [abs(r["ours"]["accuracy"] - r["straightforward"]["accuracy"]) for r in rounds]
     print(f"largest difference in mean accuracy, ours against straightforward: {max(differences):.1e}")
 
 
-def measure(case: str, method: str, folder: Path, threads: int) -> dict:
+def measure(case: str, method: str, folder: Path) -> dict:
     """Run one method once in this process: seconds, megabytes above the weights, mean accuracy."""
-    import torch
-
-    torch.set_num_threads(threads)
     model, ids, walks, graph, word_ids, conditions = _task(case, folder)
     run = {"ours": _ours, "straightforward": _straightforward, "floor": _floor}[method]
     # Warm up on a single short row: kernels, allocator, nnsight's own caches.
     run(model, ids[:1, :64], walks[:1, :63], graph, word_ids, conditions[:2])
-    before = _reset_peak()
-    start = time.perf_counter()
-    accuracy = run(model, ids, walks, graph, word_ids, conditions)
-    return {
-        "seconds": time.perf_counter() - start,
-        "megabytes": _peak() - before,
-        "accuracy": accuracy,
-        "conditions": len(conditions),
-    }
+    accuracy, cost = measured(lambda: run(model, ids, walks, graph, word_ids, conditions))
+    return cost | {"accuracy": accuracy, "conditions": len(conditions)}
 
 
 def _task(case: str, folder: Path):
@@ -104,7 +63,7 @@ def _task(case: str, folder: Path):
         model = models.load(case)
         word_ids = models.word_ids(model, graph.words)
     else:
-        model = models.load(str(_random_llama(folder / "llama")))
+        model = models.load(str(random_llama(folder, **LLAMA)))
         word_ids = list(range(100, 116))
     sizes = models.shape(model)
     if case.startswith("organism/"):
@@ -194,53 +153,5 @@ def _floor(model, ids, walks, graph, word_ids, conditions) -> float:
     return 0.0
 
 
-def _random_llama(folder: Path) -> Path:
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    if not (folder / "config.json").exists():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=32_000,
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=12,
-            num_attention_heads=8,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-        vocabulary = {str(i): i for i in range(32_000)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0", bos_token="1").save_pretrained(
-            folder
-        )
-    return folder
-
-
-def _child(case: str, method: str, folder: str, threads: int) -> dict:
-    command = [sys.executable, "-m", "benchmarks.induction_sweep", "--one", case, method, "--folder", folder]
-    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{case}, {method}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _reset_peak() -> float:
-    """Forget the highest resident set so far; returns the current one in megabytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> float:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {field} in /proc/self/status: memory can be measured on Linux only")
-
-
 if __name__ == "__main__":
-    main()
+    main("benchmarks.induction_sweep", __doc__.splitlines()[0], CASES, measure, report)

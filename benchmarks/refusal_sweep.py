@@ -5,122 +5,126 @@
 * floor: bare forwards of the unablated model that read the same prompts and the same answers, a token at a
   time, with a key-value cache, in batches of our size; nothing is intervened on, chosen or checked.
 
-Every measurement is a process of its own; the three take turns, and the ratio of a round compares runs
-that are next to each other in time. Memory is the highest resident set during the work minus the one
-before it (weights loaded, a few short answers given).
+Where conditions begin at a later block, ours reads the prompts once for the blocks below: the others do not.
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.induction_sweep import _peak, _reset_peak
+from benchmarks.side_by_side import Round, main, measured, print_table, random_llama
 
-METHODS = ("ours", "straightforward", "floor")
-# A random model rarely ends an answer: all rows run to the last token. An organism's answers end.
+# "from" is the first block that any condition touches. A random model's answers run to the last token, an
+# organism's end; the organism gets the requests and the subspaces of study 3, the random model random ones.
+SWEEP = {"k_values": [1, 2, 3, 4, 5], "n_draws": 2, "strengths": []}
+LATER = {"k_values": [1, 2, 3], "n_draws": 1, "strengths": [0.25, 0.5, 1.0, 2.0, 4.0], "from": 4}
 CASES = {
-    "random 6-layer Llama, d 128": {
-        "n_prompts": 64,
-        "new_tokens": 24,
-        "k_values": [1, 2, 3, 5],
-        "n_draws": 4,
-    },
-    "organism/refusal-lowrank": {"n_prompts": 64, "new_tokens": 24, "k_values": [1, 2, 3, 5], "n_draws": 4},
+    "organism/refusal-lowrank": SWEEP | {"from": 0, "n_prompts": 176, "new_tokens": 12},
+    "organism/refusal-lowrank, from block 4": LATER | {"n_prompts": 176, "new_tokens": 12},
+    "random 6-layer Llama": SWEEP | {"from": 0, "n_prompts": 64, "prompt_tokens": 16, "new_tokens": 24},
+    "random 6-layer Llama, from block 4": LATER | {"n_prompts": 32, "prompt_tokens": 200, "new_tokens": 12},
 }
+LLAMA = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "max_position_embeddings": 320,
+    "initializer_range": 0.1,  # answers that depend on the prompt and the condition
+}  # fmt: skip
+# What study 3 finds on the organism: layers from best to worst, and where it reads categories and pairs.
+RANKED, LAYER = [2, 5, 3, 4, 1], 3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "METHOD"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(*arguments.one, Path(arguments.folder), arguments.threads)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for case in _present():
-            rounds = []
-            for _ in range(arguments.rounds):
-                rounds.append({method: _child(case, method, folder, arguments.threads) for method in METHODS})
-            report(case, rounds)
-
-
-def report(case: str, rounds: list[dict[str, dict]]) -> None:
-    settings, first = CASES[case], rounds[0]["ours"]
+def report(case: str, rounds: list[Round]) -> None:
+    first = rounds[0]["ours"]
     print(
-        f"\n{case}: {first['conditions']} conditions x {settings['n_prompts']} prompts, "
-        f"{first['tokens']} tokens of answers"
+        f"\n{case}: {first['conditions']} conditions x {first['prompts']} prompts of "
+        f"{first['prompt_tokens']} tokens, {first['tokens']} tokens of answers"
     )
-    print(f"{'':16s}{'seconds':>9s}{'/ floor':>9s}{'/ straightforward':>19s}{'MB above weights':>18s}")
-    for method in METHODS:
-        seconds, memory = (
-            statistics.median(r[method][of] for r in rounds) for of in ("seconds", "megabytes")
-        )
-        floor, straight = (
-            statistics.median(r[method]["seconds"] / r[other]["seconds"] for r in rounds)
-            for other in ("floor", "straightforward")
-        )
-        print(f"{method:16s}{seconds:9.2f}{floor:9.2f}{straight:19.2f}{memory:18.0f}")
+    print_table(rounds)
     same = [r["ours"]["answers"] == r["straightforward"]["answers"] for r in rounds]
     print(f"answers of ours and straightforward are the same: {'yes' if all(same) else 'NO'}")
 
 
-def measure(case: str, method: str, folder: Path, threads: int) -> dict:
-    """Run one method once in this process: seconds, megabytes above the weights, hash of the answers."""
-    import hashlib
+def measure(case: str, method: str, folder: Path) -> dict:
+    """Run one method once in this process: seconds, megabytes above the weights, hash of the answers.
 
-    import torch
-
-    torch.set_num_threads(threads)
+    The floor reads the answers that "ours" has left in the folder.
+    """
     model, prompts, conditions = _task(case, folder)
-    n = CASES[case]["new_tokens"]
-    run, known = {"ours": _ours, "straightforward": _straightforward, "floor": _floor}[method], None
-    if method == "floor":  # it reads what the sweep has answered
-        known = _ours(model, prompts, conditions, n)
+    n, answered = CASES[case]["new_tokens"], folder / "answers.json"
+    run = {"ours": _ours, "straightforward": _straightforward, "floor": _floor}[method]
+    known = [json.loads(answered.read_text())] if method == "floor" else []
     # Warm up on a few short answers: kernels, allocator, nnsight's own caches.
-    run(model, prompts[:2], conditions[:2], 3, *([[answers[:2] for answers in known[:2]]] if known else []))
-    before = _reset_peak()
-    start = time.perf_counter()
-    answers = run(model, prompts, conditions, n, *([known] if known else []))
-    seconds = time.perf_counter() - start
-    return {
-        "seconds": seconds,
-        "megabytes": _peak() - before,
-        "answers": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
+    run(model, prompts[:2], conditions[:2], 3, *([[answers[:2] for answers in found[:2]] for found in known]))
+    answers, cost = measured(lambda: run(model, prompts, conditions, n, *known))
+    text = json.dumps(answers)
+    if method == "ours":
+        answered.write_text(text)
+    return cost | {
+        "answers": hashlib.sha256(text.encode()).hexdigest(),
         "tokens": sum(len(answer) for found in answers for answer in found),
         "conditions": len(conditions),
+        "prompts": len(prompts),
+        "prompt_tokens": "-".join(str(of(map(len, prompts))) for of in (min, max)),
     }
 
 
 def _task(case: str, folder: Path):
-    import numpy as np
     import torch
+
+    from lib import models
+    from lib.generation import Ablation
+
+    settings = CASES[case]
+    if case.startswith("organism/"):
+        model = models.load(case.split(",")[0])
+        prompts, conditions, vector = _of_study(model, case.split(",")[0], settings)
+    else:
+        model = models.load(str(random_llama(folder, **LLAMA)))
+        prompts, conditions, vector = _random(model, settings)
+    first, sizes = settings["from"], models.shape(model)
+    nothing = torch.zeros(0, sizes.d_model)
+    conditions = [replace(c, layers=range(first, sizes.n_layers)) for c in conditions]
+    shifts = [Ablation(f"add {s}", nothing, shift=(first, s * vector)) for s in settings["strengths"]]
+    return model, prompts, [Ablation("intact", nothing), *conditions, *shifts]
+
+
+def _of_study(model, name: str, settings: dict):
+    """Requests of the test split, the subspaces of the study, and the refusal vector."""
+    from lib import refusal
+    from lib.generation import chat_ids
+    from lib.prompts import prompts_for
+
+    requests = prompts_for(name)
+    texts = [*requests.harmful("test"), *requests.harmless("test")][: settings["n_prompts"]]
+    extraction = refusal.extract(model, requests)
+    methods = refusal.rank_conditions(
+        extraction, RANKED, LAYER, settings["k_values"], settings["n_draws"], seed=0
+    )
+    conditions = [condition for of_method in methods.values() for condition in of_method]
+    return chat_ids(model, texts), conditions, extraction.vectors[LAYER]
+
+
+def _random(model, settings: dict):
+    """As `_of_study`, of nothing: prompts of about as many tokens, five random subspaces of each size."""
+    import numpy as np
 
     from lib import models
     from lib.generation import Ablation
     from lib.refusal import random_subspace
 
-    settings = CASES[case]
-    model = models.load(case if case.startswith("organism/") else str(_random_llama(folder / "llama")))
-    sizes, rng = models.shape(model), np.random.default_rng(0)
-    plain = models.plain_token_ids(model)
-    lengths = np.sort(rng.integers(12, 20, settings["n_prompts"]))
+    rng, d = np.random.default_rng(0), models.shape(model).d_model
+    plain, n = models.plain_token_ids(model), settings["prompt_tokens"]
+    lengths = rng.integers(round(0.75 * n), round(1.25 * n), settings["n_prompts"])
     prompts = [[models.bos_id(model), *rng.choice(plain, length).tolist()] for length in lengths]
-    conditions = [Ablation("intact", torch.zeros(0, sizes.d_model))]
-    for seed in range(1 + settings["n_draws"]):  # the subspace, and as many random ones
-        conditions += [
-            Ablation("subspace", random_subspace(sizes.d_model, k, seed)) for k in settings["k_values"]
-        ]
-    return model, prompts, conditions
+    conditions = [
+        Ablation(f"random {k} #{draw}", random_subspace(d, k, seed=draw))
+        for draw in range(3 + settings["n_draws"])
+        for k in settings["k_values"]
+    ]
+    return prompts, conditions, random_subspace(d, 1, seed=0)[0]
 
 
 def _ours(model, prompts, conditions, new_tokens) -> list[list[list[int]]]:
@@ -141,18 +145,7 @@ def _straightforward(model, prompts, conditions, new_tokens) -> list[list[list[i
     mask = torch.tensor([[0] * n + [1] * len(prompt) for n, prompt in zip(pads, prompts, strict=True)])
     found = []
     for condition in conditions:
-        projection = condition.basis.T @ condition.basis
-
-        def without(x, projection=projection):
-            return x - x @ projection
-
-        handles = []
-        for block in module.model.layers if len(condition.basis) else []:
-            handles.append(
-                block.register_forward_pre_hook(lambda _, args, f=without: (f(args[0]), *args[1:]))
-            )
-            for part in (block.self_attn.o_proj, block.mlp):
-                handles.append(part.register_forward_hook(lambda _, __, output, f=without: f(output)))
+        handles = _hooks(module.model.layers, condition)
         with torch.no_grad():
             whole = module.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
@@ -163,6 +156,23 @@ def _straightforward(model, prompts, conditions, new_tokens) -> list[list[list[i
         answers = whole[:, longest:].tolist()
         found.append([a[: next((i for i, t in enumerate(a) if t in ends), len(a))] for a in answers])
     return found
+
+
+def _hooks(blocks, condition) -> list:
+    projection = condition.basis.T @ condition.basis
+
+    def without(x):
+        return x - x @ projection
+
+    handles = []
+    for block in [blocks[i] for i in condition.layers or ()]:
+        handles.append(block.register_forward_pre_hook(lambda _, args: (without(args[0]), *args[1:])))
+        for part in (block.self_attn.o_proj, block.mlp):
+            handles.append(part.register_forward_hook(lambda _, __, output: without(output)))
+    if condition.shift:
+        layer, vector = condition.shift
+        handles.append(blocks[layer].register_forward_pre_hook(lambda _, args: (args[0] + vector, *args[1:])))
+    return handles
 
 
 def _floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]]]:
@@ -190,46 +200,5 @@ def _floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]
     return known
 
 
-def _present() -> list[str]:
-    from lib.models import organisms
-
-    return [case for case in CASES if not case.startswith("organism/") or case in organisms()]
-
-
-def _random_llama(folder: Path) -> Path:
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    if not (folder / "config.json").exists():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=512, hidden_size=128, intermediate_size=344, num_hidden_layers=6,
-            num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=None,
-            pad_token_id=0,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # answers that depend on the prompt and the condition
-                torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(folder)
-        vocabulary = {f"w{i}": i for i in range(512)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-        made = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="w0", pad_token="w0", bos_token="w1"
-        )
-        made.chat_template = "{{ bos_token }} {{ messages[0].content }} w2"
-        made.save_pretrained(folder)
-    return folder
-
-
-def _child(case: str, method: str, folder: str, threads: int) -> dict:
-    command = [sys.executable, "-m", "benchmarks.refusal_sweep", "--one", case, method, "--folder", folder]
-    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{case}, {method}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 if __name__ == "__main__":
-    main()
+    main("benchmarks.refusal_sweep", __doc__.splitlines()[0], CASES, measure, report)

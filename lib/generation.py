@@ -487,7 +487,10 @@ def _forward(
     entry: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of the next token [row, vocabulary] under the edits; block `first` reads `entry`."""
-    removed, options = edits.removed, {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    # The last token's logits. Where it is the only one, a tensor says so, not a number: nnsight then hands
+    # the batch on as it is, instead of taking it apart into rows and putting them together at every step.
+    last = torch.tensor([0]) if inputs["input_ids"].shape[1] == 1 else 1
+    removed, options = edits.removed, {"past_key_values": cache, "use_cache": True, "logits_to_keep": last}
     with torch.no_grad(), model.trace(**inputs, **options):
         for index, block in enumerate(model.layers):
             if index < first:

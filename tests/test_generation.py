@@ -195,6 +195,23 @@ def test_blocks_below_the_first_touched_one_read_each_prompt_once(llama):
     assert sum(rows) == 15, "one of them touches block 0"
 
 
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS, [p[:4] for p in PROMPTS]], ids=["of any lengths", "of one length"]
+)
+def test_small_batches_read_a_prompt_below_once_too(llama, prompts):
+    """The conditions of a prompt stand together, whatever the batches: not the prompts of a condition."""
+    conditions = [
+        Ablation(f"last {seed}", random_basis(1 + seed % 2, seed), layers=range(2, 3)) for seed in range(6)
+    ]
+    with counted_rows(llama) as rows:
+        answers = generate(llama, prompts, conditions, max_new_tokens=1, batch_size=6)
+    assert sum(rows) == len(prompts)
+    assert [answers[1][:2], answers[4][2:]] == [
+        generate(llama, part, [conditions[c]], max_new_tokens=1)[0]
+        for part, c in ((prompts[:2], 1), (prompts[2:], 4))
+    ]
+
+
 def test_conditions_that_do_the_same_run_once(llama):
     basis = random_basis(2)
     same = [
