@@ -4,7 +4,7 @@
 # make lab        open JupyterLab
 # make notebooks  execute every study and store its output in notebooks/
 # make organisms  train the embedded models again
-# make bench      time the sweeps of studies 1 and 3 against the straightforward way
+# make bench      time and memory of studies 1, 3 and 4 against the straightforward way
 # make lock       pin the newest versions that pyproject.toml allows
 # make clean      remove what the commands above can write again (.venv stays)
 
@@ -37,6 +37,7 @@ organisms: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.induction_sweep
 	$(BIN)/python -m benchmarks.refusal_sweep
+	$(BIN)/python -m benchmarks.latents_memory
 
 # A person's wheels may carry a local version (2.13.0+cpu) that no registry knows: pins are written without it.
 lock: $(STAMP)
