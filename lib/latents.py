@@ -67,6 +67,18 @@ class ThoughtIndex(NamedTuple):
         return f"z_{self.k} (neverix: {self.neverix}; Goyal: {self.goyal})"
 
 
+def parity(values: np.ndarray) -> np.ndarray:
+    """Mean over even thoughts minus mean over odd ones [...] of values [..., thought].
+
+    Of the thoughts that are fed back and have a partner: z_0, z_2, z_4 against z_1, z_3, z_5 of seven.
+    """
+    pairs = (values.shape[-1] - 1) // 2
+    if pairs < 1:
+        raise ValueError(f"{values.shape[-1]} thoughts have no even and odd ones to compare; think 2 or more")
+    fed = values[..., : 2 * pairs]
+    return fed[..., ::2].mean(-1) - fed[..., 1::2].mean(-1)
+
+
 # -- thoughts and answers --------------------------------------------------------------------------
 
 

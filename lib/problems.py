@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,6 +196,36 @@ def read_problems(path: str | Path) -> list[Problem]:
                 "or drop `twin`"
             )
     return list(problems.values())
+
+
+def problems_of(folder: Path, path: str = "", n: int = 0) -> list[Problem]:
+    """At most n problems of a file, else of the one that an embedded model's folder holds; 0 is all.
+
+    Raises:
+        ProblemError: see `read_problems`; no file is named and the folder has none.
+    """
+    own = folder / "problems.jsonl"
+    if not path and not own.is_file():
+        raise ProblemError(f"{folder} has no problems of its own; name a JSONL file of problems")
+    return first_problems(read_problems(path or own), n)
+
+
+def first_problems(problems: Sequence[Problem], n: int) -> list[Problem]:
+    """At most n problems, spread evenly over the numbers of steps, each with its twin; 0 is all."""
+    if not n:
+        return list(problems)
+    place = {problem.id: i for i, problem in enumerate(problems)}
+    turns: Counter[int] = Counter()
+    order = []
+    for i, problem in enumerate(problems):
+        order.append((turns[len(problem.equations)], i))
+        turns[len(problem.equations)] += 1
+    kept: set[int] = set()
+    for _, i in sorted(order):
+        pair = {i, place[problems[i].twin]} if problems[i].twin is not None else {i}
+        if len(kept | pair) <= max(n, len(pair)):
+            kept |= pair
+    return [problem for i, problem in enumerate(problems) if i in kept]
 
 
 def twin_indices(problems: Sequence[Problem]) -> np.ndarray:

@@ -494,6 +494,45 @@ def attended(reading: Reading, k: int, *, question_only: bool = False, sink: boo
     return found
 
 
+ROLES = ("operand", "other operand", "distractor", "text", "sink", "just before", "earlier latents", "self")
+
+
+class Roles(NamedTuple):
+    """Attention of z_0 .. z_n by what a token is to the thought, mean over layers and heads.
+
+    Attributes:
+        mass, null: [problem, thought, role], see `Reading`; roles as in `ROLES`. "just before" is the
+            position in front of the thought, which is text for z_0 and <bot> for z_1; "earlier latents" are <bot> and
+            the thoughts before that one.
+        base: share of the tokens up to the thought [problem, thought, role].
+    """
+
+    mass: np.ndarray
+    null: np.ndarray
+    base: np.ndarray
+
+
+def by_role(reading: Reading) -> Roles:
+    """The attention of thoughts by role: categories, with the thoughts told apart by distance."""
+    latent = [name for name in reading.categories if name == "<bot>" or name.startswith("thought ")]
+    column = {name: i for i, name in enumerate(reading.categories)}
+
+    def grouped(masses: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(masses), len(reading.thought_rows), len(ROLES)))
+        for j, row in enumerate(reading.thought_rows):
+            before = latent[j - 1] if j else None
+            for name in (*SHARED, *latent[:j], "self"):
+                role = name
+                if name in latent:
+                    role = "just before" if name == before else "earlier latents"
+                found[:, j, ROLES.index(role)] += masses[:, row, column[name]]
+        return found
+
+    return Roles(
+        grouped(reading.mass.mean((1, 2))), grouped(reading.null.mean((1, 2))), grouped(reading.base)
+    )
+
+
 class Decoding(NamedTuple):
     """What the lens reads at every row; the axis layer is that of `Reading.layers`, z itself the last one.
 

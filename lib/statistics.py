@@ -107,6 +107,23 @@ def paired_difference(
     return bootstrap_mean(a - b, n_resamples=n_resamples, level=level, seed=seed)
 
 
+def derangement(groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
+    """An order in which every item is replaced by another one of its group, for shuffled nulls [item].
+
+    Raises:
+        ValueError: a group of one.
+    """
+    labels, found = np.asarray(groups), np.arange(len(groups))
+    rng = np.random.default_rng(seed)
+    for label in dict.fromkeys(groups):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise ValueError(f"group {label!r} has one item, which no other can replace; take more items")
+        cycle = rng.permutation(members)
+        found[cycle] = np.roll(cycle, 1)
+    return found
+
+
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
     """A rate, successes of n independent trials, with Wilson's score interval: right near 0 and 1 too."""
     if not 0 <= successes <= n or n == 0:

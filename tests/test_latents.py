@@ -11,7 +11,16 @@ from tiny_codi import N_POSITIONS, plain_loop, plain_texts, save_embedded
 
 from lib import latents
 from lib.codi_checkpoint import load_codi
-from lib.latents import ThoughtIndex, Variant, answer, early_stops, mean_ablations, think, twin_patches
+from lib.latents import (
+    ThoughtIndex,
+    Variant,
+    answer,
+    early_stops,
+    mean_ablations,
+    parity,
+    think,
+    twin_patches,
+)
 from lib.problems import read_problems
 from lib.record import Cache
 
@@ -222,3 +231,13 @@ def test_variants_that_cannot_be_thought(codi, questions, variant, wrong):
 def test_no_variants(codi, questions):
     with pytest.raises(ValueError, match="there are no variants"):
         answer(codi, questions, [])
+
+
+def test_parity_is_even_minus_odd_of_the_thoughts_that_are_fed():
+    values = np.array([[1, 0, 1, 0, 1, 0, 100], [0, 3, 0, 3, 0, 3, 100]])
+    np.testing.assert_allclose(parity(values), [1, -3])
+    np.testing.assert_allclose(
+        parity(values[:, :4]), [1, -3]
+    )  # z_0 .. z_3: z_3 is not fed, so z_2 has no partner
+    with pytest.raises(ValueError, match="1 thoughts have no even and odd ones"):
+        parity(values[:, :1])

@@ -12,6 +12,8 @@ from lib.problems import (
     Problem,
     ProblemError,
     extract_answer,
+    first_problems,
+    problems_of,
     question_numbers,
     read_problems,
     twin_indices,
@@ -144,3 +146,30 @@ def test_a_bad_file_is_named(tmp_path):
         read_problems(write(tmp_path, ROW | {"id": "x"}, ROW | {"id": "x"}))
     with pytest.raises(ProblemError, match="names 'z' as its twin, which is no row"):
         read_problems(write(tmp_path, ROW | {"twin": "z"}))
+
+
+def test_first_problems_are_spread_over_steps_and_keep_their_twins():
+    def made(name: str, n_steps: int, twin: str) -> Problem:
+        equations = tuple(Equation.parse(f"1+{i}={i + 1}") for i in range(n_steps))
+        return Problem(name, "1 2", equations, 1.0, twin)
+
+    pairs = [(f"{steps}{i}", steps) for steps in (1, 2, 3) for i in range(3)]
+    whole = [
+        made(f"{name}{side}", steps, f"{name}{other}")
+        for name, steps in pairs
+        for side, other in ("ab", "ba")
+    ]
+    few = first_problems(whole, 6)
+    assert [problem.id for problem in few] == ["10a", "10b", "20a", "20b", "30a", "30b"]
+    assert first_problems(whole, 0) == first_problems(whole, 99) == whole
+    assert len(first_problems(whole, 13)) == 12  # no problem without its twin
+
+
+def test_problems_of_a_folder_without_any_are_asked_for(tmp_path):
+    with pytest.raises(ProblemError, match="has no problems of its own; name a JSONL file"):
+        problems_of(tmp_path)
+    row = {"question": "Ann has 2 .", "cot": "<<2+1=3>>", "answer": "3"}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(row))
+    (tmp_path / "other.jsonl").write_text(json.dumps(row | {"answer": "4"}))
+    assert problems_of(tmp_path)[0].answer == 3
+    assert problems_of(tmp_path, str(tmp_path / "other.jsonl"))[0].answer == 4

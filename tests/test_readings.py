@@ -16,9 +16,11 @@ from lib.latents import think
 from lib.problems import Equation, Problem, read_problems
 from lib.readings import (
     OPERAND,
+    ROLES,
     SINK,
     TEXT_CATEGORIES,
     attended,
+    by_role,
     decoding,
     measure,
     measure_text,
@@ -423,3 +425,22 @@ def test_readings_that_cannot_be_made(codi, problems, thoughts):
     long = Problem("l", "Ann has 3 " * 15, tuple([Equation.parse("1+1=2")] * 9), 2)
     with pytest.raises(ValueError, match="problem 'l': question, solution and answer prompt are 105 tokens"):
         measure_text(codi, [long])
+
+
+def test_roles_are_the_categories_with_thoughts_told_apart_by_distance(reading):
+    roles = by_role(reading)
+    assert roles.mass.shape == (len(reading.texts), N + 1, len(ROLES))
+    np.testing.assert_allclose(roles.mass.sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(roles.base.sum(-1), 1, atol=1e-5)
+    for i, (attention, kinds) in enumerate(zip(reading.attention, reading.kinds, strict=True)):
+        bot = list(kinds[N]).index(reading.categories.index("<bot>"))
+        for j in range(N + 1):
+            seen = dict.fromkeys(ROLES, 0.0)
+            for position in range(bot + j + 1):
+                role = reading.categories[kinds[j, position]]
+                if position == bot + j:
+                    role = "self"
+                elif position >= bot:
+                    role = "just before" if position == bot + j - 1 else "earlier latents"
+                seen[role] += attention[j, position]
+            np.testing.assert_allclose(roles.mass[i, j], [*seen.values()], atol=1e-5)

@@ -14,6 +14,7 @@ from lib.statistics import (
     bootstrap_mean,
     cohen_kappa,
     confusion,
+    derangement,
     gwet_ac1,
     holm,
     paired_difference,
@@ -200,3 +201,13 @@ def test_table_that_is_none():
     for table in ([[1, 2, 3], [4, 5, 6]], [1, 2], [[3]], [[1, -1], [0, 2]]):
         with pytest.raises(ValueError, match="a confusion table is"):
             cohen_kappa(table)
+
+
+def test_derangement_stays_in_the_group_and_moves_everyone():
+    groups = ["a"] * 5 + ["b"] * 2 + ["a"] * 3
+    order = derangement(groups, seed=1)
+    assert sorted(order) == list(range(10)) and not (order == np.arange(10)).any()
+    assert [groups[i] for i in order] == groups
+    assert (order == derangement(groups, seed=1)).all() and (order != derangement(groups, seed=2)).any()
+    with pytest.raises(ValueError, match="group 'c' has one item"):
+        derangement([*groups, "c"])
