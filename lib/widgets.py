@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from html import escape
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib import plots
+from lib.dashboard import page
 from lib.geometry import dirichlet_energy, mixing_gram, pca, predicted_energy, simulate_mixing
 from lib.walks import Graph
 
@@ -90,3 +92,50 @@ def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.VBox:
         control.continuous_update = False  # one picture when the slider is let go
         control.observe(redraw, names="value")
     return widgets.VBox([*controls.values(), picture])
+
+
+def codi_explorer(data: dict) -> widgets.VBox:
+    """Menus of problems, by answer and by number of steps, over the dashboard of the chosen one and its twin.
+
+    The dashboard stands in a frame of its own, sandboxed: what it shows can not reach the notebook.
+
+    Args:
+        data: of `lib.dashboard.dashboard_data`.
+    """
+    numbers = sorted({len(problem["results"]) for problem in data["problems"]})
+    answers = widgets.Dropdown(options={"all": None, "correct": True, "incorrect": False})
+    steps = widgets.Dropdown(options={"all": None} | {str(n): n for n in numbers})
+    menu = widgets.Dropdown(layout={"width": "40em"})
+    frame = widgets.HTML()
+
+    def redraw(_=None):
+        if menu.value is None:
+            frame.value = "No problem has this number of steps and this kind of answer."
+        else:
+            frame.value = (
+                '<iframe title="Dashboard of one problem" sandbox="allow-scripts" '
+                f'style="width: 100%; height: 50rem; border: 0" srcdoc="{escape(page(data, only=menu.value))}">'
+                "</iframe>"
+            )
+
+    def refill(_=None):
+        chosen = menu.value
+        found = [
+            (problem["label"], i)
+            for i, problem in enumerate(data["problems"])
+            if answers.value in (None, problem["correct"]) and steps.value in (None, len(problem["results"]))
+        ]
+        menu.unobserve(redraw, names="value")  # new options choose the first one for a moment
+        menu.options = found
+        if chosen in [i for _, i in found]:
+            menu.value = chosen
+        menu.observe(redraw, names="value")
+        redraw()
+
+    menu.observe(redraw, names="value")
+    refill()
+    for name, control in {"answers": answers, "steps": steps, "problem": menu}.items():
+        control.description, control.style = name, {"description_width": "7em"}
+    answers.observe(refill, names="value")
+    steps.observe(refill, names="value")
+    return widgets.VBox([answers, steps, menu, frame])
