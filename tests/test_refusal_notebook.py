@@ -33,9 +33,12 @@ from lib.record import Record, Study, validate_record
 NOTEBOOK = ROOT / "notebooks" / "03_refusal_low_rank.ipynb"
 SMALL = {
     "compare_with": [], "judge": "substring", "max_new_tokens": 4, "k_values": [1, 2], "n_random": 1,
+    "strengths": [0.5], "n_bootstrap": 100,
+}  # fmt: skip
+ORGANISM = {
+    "compare_with": [], "n_prompts": 6, "k_values": [1, 3], "n_random": 1, "strengths": [0.5],
     "n_bootstrap": 100,
 }  # fmt: skip
-ORGANISM = {"compare_with": [], "n_prompts": 6, "k_values": [1, 3], "n_random": 1, "n_bootstrap": 100}
 
 
 class Run(NamedTuple):
