@@ -113,6 +113,11 @@ def test_length_is_exact_and_operands_stand_at_varying_places():
     assert max(len(re.findall(r"\d+", p.question)) for p in sample(rng, [1] * 50, 30, max_unused=2)) == 4
 
 
+def test_length_into_which_not_every_problem_fits_is_named():
+    with pytest.raises(ValueError, match="length 23"):
+        sample(np.random.default_rng(0), [3], 23)
+
+
 def test_held_out_tuples_are_never_drawn_in_training_and_every_fact_is():
     def tuples(drawn):
         return {(*problem.operands, *[0] * (4 - len(problem.operands))) for problem in drawn}

@@ -248,7 +248,7 @@ class Evaluation:
         self.problems = {
             (n_steps, length): word_problems.sample(rng, [n_steps] * rows, length, test=True)
             for n_steps in (1, 2, 3)
-            for length in (24, 27)
+            for length in (25, 28)
         }
 
     @torch.no_grad()
@@ -295,7 +295,11 @@ TEACHER = (
     # With two unused numbers, answers to problems of one step, read off the question alone, stayed at .57.
     Stage("teacher-fewer", "teacher", 600, 7e-4, True, (0.4, 0.3, 0.3)),
 )
-TEACHER_RESULTS = (*TEACHER, Stage("teacher-results", "teacher", 800, 7e-4, False, (0.2, 0.3, 0.5)))
+TEACHER_RESULTS = (
+    *TEACHER,
+    Stage("teacher-results", "teacher", 800, 7e-4, False, (0.2, 0.3, 0.5)),
+    Stage("teacher-results-tail", "teacher", 1200, 8e-4, False, (0.15, 0.3, 0.55)),
+)
 
 
 @dataclass(frozen=True)
@@ -327,8 +331,8 @@ class Recipe:
 def _joint(operators: bool) -> tuple[Stage, ...]:
     kind = "operators" if operators else "results"
     return (
-        Stage(f"joint-{kind}-two", "joint", 1500, 5e-4, operators, (0.3, 0.5, 0.2), decay_from=CONSTANT),
-        Stage(f"joint-{kind}-three", "joint", 4000, 5e-4, operators, (0.1, 0.25, 0.65)),
+        Stage(f"joint-{kind}-two", "joint", 1200, 7e-4, operators, (0.1, 0.6, 0.3), decay_from=CONSTANT),
+        Stage(f"joint-{kind}-three", "joint", 3300, 7e-4, operators, (0.05, 0.3, 0.65), decay_from=0.4),
     )
 
 

@@ -32,7 +32,7 @@ TOP_SECOND = 12  # what is added or taken away is 2 to this
 FACTORS = (2, 3)
 OPERATIONS = "+-*"
 SHARES = (0.4, 0.4, 0.2)  # of the operations
-LENGTHS = range(22, 29)  # of questions, in tokens
+LENGTHS = range(24, 29)  # of questions, in tokens; shorter ones do not hold two multiplications
 
 NAMES = {"Ann": "she", "Eve": "she", "Mia": "she", "Bob": "he", "Dan": "he", "Tom": "he"}
 THINGS = tuple("pears nuts coins cards pens eggs shells stamps".split())
@@ -127,10 +127,15 @@ def sample(
 
     Args:
         n_steps: of each problem, 1 to 3.
-        length: 22 or more.
+        length: that of `LENGTHS`, or more.
         max_unused: numbers that no step uses, at most `MAX_UNUSED`.
         test: draw held-out tuples of operands instead of the others.
+
+    Raises:
+        ValueError: a length that some problems do not fit into.
     """
+    if length < LENGTHS[0]:
+        raise ValueError(f"length {length}: some problems take {LENGTHS[0]} tokens; ask for that or more")
     draw, problems = random.Random(int(rng.integers(1 << 62))), [None] * len(n_steps)
     for count in sorted(set(n_steps)):
         rows = [i for i, n in enumerate(n_steps) if n == count]
