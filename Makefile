@@ -1,6 +1,7 @@
 # make run        execute every study; figures and records in figures/, executed notebooks in runs/latest/
 #                 one study, other parameters: make run STUDY=01_induction_ablation ARGS="-p seq_len 200"
-# make test       unit tests, notebooks with small parameters, stored outputs against a fresh run
+# make test       unit tests, notebooks with small parameters, stored outputs against a fresh run;
+#                 pages in a headless Chromium, which root on Debian gets by apt-get if there is none
 # make lab        open JupyterLab
 # make notebooks  execute every study and store its output in notebooks/
 # make organisms  train the embedded models again
@@ -22,6 +23,7 @@ run: $(STAMP)
 	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) $(ARGS)
 
 test: $(STAMP)
+	$(BIN)/python tests/browser.py
 	$(BIN)/python -m pytest tests notebooks --nbval
 
 lab: $(STAMP)

@@ -45,7 +45,7 @@ def dashboard_data(
     Returns:
         "model"; "rows", the states in order; "categories" of tokens; "layers" of the lens; "words", texts of
         the tokens that the lens shows; "problems", each with
-            "label" for menus, "twin", index among the problems, "correct", "answer", and "wrote" by the model,
+            "label" for menus, "twin", index among the problems, "correct", "answer", "wrote" by the model,
             "tokens" [token], "kinds" [row] a digit a token, "attention" [row][token] in thousandths, and
             "top" [row], tokens in order of attention; rows end at their own token,
             "lens" [layer][row], pairs of a word and its probability in thousandths,
@@ -64,8 +64,8 @@ def dashboard_data(
     last = shape(codi.model).n_layers - 1
     if not reading.thought_rows or reading.layers[-1] != last:
         raise ValueError(
-            f"a reading with rows {reading.rows} and the lens at layers {reading.layers}: the dashboard needs "
-            f"one of `measure` with z_0, z_1, ... and layers that end in {last}"
+            f"a reading with rows {reading.rows} and the lens at layers {reading.layers}: the dashboard "
+            f"needs one of `measure`, with z_0, z_1, ... and layers that end in {last}"
         )
     k = reading.tokens.shape[-1]
     top = attended(reading, k + 1).positions  # one more, for who leaves the sink out
@@ -79,9 +79,10 @@ def dashboard_data(
     for i, problem in enumerate(problems):
         lengths = (reading.kinds[i] >= 0).sum(-1)  # of what each row sees
         attention = _thousandths(reading.attention[i])
+        mark = "✓" if correct[i] else "✗"
         shown.append({
             "id": problem.id,
-            "label": f"{'✓' if correct[i] else '✗'} {problem.id}: {shorten(problem.question, 60, placeholder='…')}",
+            "label": f"{mark} {problem.id}: {shorten(problem.question, 60, placeholder='…')}",
             "twin": place.get(problem.twin),
             "correct": bool(correct[i]),
             "answer": _number(problem.answer),

@@ -113,9 +113,8 @@ def codi_explorer(data: dict) -> widgets.VBox:
             frame.value = "No problem has this number of steps and this kind of answer."
         else:
             frame.value = (
-                '<iframe title="Dashboard of one problem" sandbox="allow-scripts" '
-                f'style="width: 100%; height: 50rem; border: 0" srcdoc="{escape(page(data, only=menu.value))}">'
-                "</iframe>"
+                '<iframe title="Dashboard of one problem" style="width: 100%; height: 50rem; border: 0" '
+                f'sandbox="allow-scripts" srcdoc="{escape(page(data, only=menu.value))}"></iframe>'
             )
 
     def refill(_=None):
@@ -125,10 +124,10 @@ def codi_explorer(data: dict) -> widgets.VBox:
             for i, problem in enumerate(data["problems"])
             if answers.value in (None, problem["correct"]) and steps.value in (None, len(problem["results"]))
         ]
+        places = [i for _, i in found]
         menu.unobserve(redraw, names="value")  # new options choose the first one for a moment
         menu.options = found
-        if chosen in [i for _, i in found]:
-            menu.value = chosen
+        menu.value = chosen if chosen in places else next(iter(places), None)
         menu.observe(redraw, names="value")
         redraw()
 

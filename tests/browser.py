@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from playwright.sync_api import Browser, Error, Playwright, sync_playwright
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -32,8 +33,6 @@ def chromium() -> Iterator[Browser]:
         pytest's Skipped: there is none.
         playwright.sync_api.Error: there is one, and it does not start.
     """
-    import pytest
-
     with sync_playwright() as playwright:
         path = find(playwright)
         if path is None:
