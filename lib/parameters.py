@@ -115,20 +115,23 @@ class NotebookParameters(BaseModel):
     """What every notebook takes."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=()  # model_id is a name
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),  # model_id is a name
     )
     study: ClassVar[str]
 
     out_dir: str = ""
     use_cache: bool = True
 
-    def problems(self) -> Iterator[str]:
+    def faults(self) -> Iterator[str]:
         """What is wrong between parameters that are each right: one line each, opening with a name."""
         yield from ()
 
     @model_validator(mode="after")
     def _consistent(self) -> NotebookParameters:
-        if problems := list(self.problems()):
+        if problems := list(self.faults()):
             raise ValueError("\n".join(problems))
         return self
 
@@ -142,7 +145,7 @@ class StudyParameters(NotebookParameters):
     remote: bool = False
     seed: Whole = Field(0, ge=0, lt=2**32)
 
-    def problems(self) -> Iterator[str]:
+    def faults(self) -> Iterator[str]:
         if self.remote:  # refused rather than ignored
             yield "remote: the traces of this study do not run on NDIF so far; leave it false"
 
@@ -159,8 +162,8 @@ class _GraphParameters(StudyParameters):
         """The graph that these parameters describe."""
         raise NotImplementedError
 
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if self.edges and self.graph != "edges":
             yield f"edges: given, but graph is {self.graph!r}; set graph to 'edges', or edges to []"
             return
@@ -205,11 +208,11 @@ class InductionAblation(_GraphParameters):
         nodes = [word for word in self.words if word in named] if named <= set(self.words) else self.words
         return walks.graph_from_edges(self.edges, nodes)
 
-    def problems(self) -> Iterator[str]:
+    def faults(self) -> Iterator[str]:
         if repeated := [word for word, n in Counter(self.words).items() if n > 1]:
             yield f"words: each may stand once; repeated: {' '.join(repeated)}"
         else:
-            yield from super().problems()
+            yield from super().faults()
         most = self.seq_len - self.seq_len // 5  # accuracy's rise is measured from the second tenth on
         if self.window > most:
             yield f"window: {self.window} tokens of seq_len = {self.seq_len}; at most {most} leave a start"
@@ -271,8 +274,8 @@ class RefusalLowRank(StudyParameters):
     batch_size: Whole = Field(0, ge=0)
     n_bootstrap: Whole = Field(2000, ge=100)
 
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if self.judge == "rule" and not (self.model_id.startswith("organism/") or self.prompts):
             yield "judge: 'rule' grades the request language of the organisms; take 'openai' or 'substring'"
         asked = "openai" in (self.judge, self.second_judge) or self.new_categories
@@ -286,11 +289,38 @@ class RefusalLowRank(StudyParameters):
             yield "prompts: new_categories asks for further pairs; name the file to write them to"
         if self.new_categories and self.model_id.startswith("organism/"):
             yield "new_categories: an organism reads no English; leave it empty, or name another model_id"
-        called = Counter(name.rstrip("/").split("/")[-1] for name in {self.model_id, *self.compare_with})
-        for name in [name for name, n in called.items() if n > 1]:
-            yield f"compare_with: several models are called {name!r} in tables and figures; rename a folder"
+        yield from _called_alike([self.model_id, *self.compare_with])
         if 0 < self.n_prompts < 4:
             yield f"n_prompts: {self.n_prompts}; at least 4 are needed, 0 is all"
+
+
+class CodiAttention(StudyParameters):
+    """Study 4: what latent thoughts attend to and store."""
+
+    study: ClassVar[str] = "04_codi_attention"
+
+    model_id: str = Field("organism/codi", min_length=1)
+    compare_with: Words = ["organism/codi-results", "organism/codi-seed1", "organism/codi-results-seed1"]
+    answer_only: str = "organism/codi-answer-only"
+    problems: str = ""
+    n_problems: Whole = Field(0, ge=0)
+    n_thoughts: Whole = Field(-1, ge=-1)
+    top_k: Whole = Field(5, ge=1)
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.n_thoughts in (0, 1):
+            yield f"n_thoughts: {self.n_thoughts} has no even and odd ones to compare; take 2 or more, or -1"
+        yield from _called_alike([self.model_id, *self.compare_with])
+
+
+def _called_alike(models: list[str]) -> Iterator[str]:
+    """A fault for each name that several models would have in tables and figures."""
+    called = Counter(model.rstrip("/").split("/")[-1] for model in set(models))
+    for name in [name for name, n in called.items() if n > 1]:
+        yield f"compare_with: several models are called {name!r} in tables and figures; rename a folder"
 
 
 def _names_given(history: list[str], declared: Mapping[str, Any]) -> list[str]:
@@ -326,7 +356,7 @@ def _no_such_parameter(name: str, names: Mapping[str, Any]) -> str:
 
 def _describe(detail: Mapping[str, Any], schema: type[NotebookParameters]) -> list[str]:
     """One of pydantic's complaints, in the words of a person who typed a parameter."""
-    if not detail["loc"]:  # from `problems`, which names its parameters itself
+    if not detail["loc"]:  # from `faults`, which names its parameters itself
         return str(detail["ctx"]["error"]).splitlines()
     name, *place = detail["loc"]
     kind, context = detail["type"], detail.get("ctx", {})
