@@ -113,6 +113,21 @@ def test_length_is_exact_and_operands_stand_at_varying_places():
     assert max(len(re.findall(r"\d+", p.question)) for p in sample(rng, [1] * 50, 30, max_unused=2)) == 4
 
 
+def test_unused_numbers_stand_between_those_that_are_used():
+    def unused_places(drawn):
+        for problem in drawn:
+            numbers = [int(word) for word in problem.question.split() if word.isdecimal()]
+            places = [numbers.index(operand) for operand in problem.operands]
+            assert places == sorted(places)
+            for number in set(numbers) - set(problem.operands):
+                yield places[0] < numbers.index(number) < places[-1]
+
+    rng = np.random.default_rng(5)
+    inside = list(unused_places(sample(rng, [1, 2, 3] * 50, 28)))
+    assert len(inside) > 50 and all(inside)
+    assert 0.2 < np.mean(list(unused_places(sample(rng, [1, 2, 3] * 50, 28, anywhere=True)))) < 0.7
+
+
 def test_length_into_which_not_every_problem_fits_is_named():
     with pytest.raises(ValueError, match="length 23"):
         sample(np.random.default_rng(0), [3], 23)

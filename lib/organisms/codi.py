@@ -14,7 +14,7 @@ student's states are drawn to the teacher's, which are detached. Nothing says wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,6 +203,7 @@ class Stage:
         rows: in a batch.
         lengths: least and greatest of the questions.
         max_unused: numbers in a question that no step uses.
+        anywhere: whether these may stand before the start and behind the last step.
     """
 
     name: str
@@ -216,13 +217,14 @@ class Stage:
     rows: int = 64
     lengths: tuple[int, int] = (LENGTHS[0], LENGTHS[-1])
     max_unused: int = 1
+    anywhere: bool = False
 
     def batch(self, seed: int, step: int) -> list[WordProblem]:
         """The problems of a step, their questions of one length."""
         rng = np.random.default_rng([seed, *self.name.encode(), step])
         n_steps = (1 + rng.choice(3, size=self.rows, p=self.shares)).tolist()
         length = int(rng.choice(np.arange(self.lengths[0], self.lengths[1] + 1)))
-        return word_problems.sample(rng, n_steps, length, max_unused=self.max_unused)
+        return word_problems.sample(rng, n_steps, length, max_unused=self.max_unused, anywhere=self.anywhere)
 
     def loss(self, model: Codi, problems: list[WordProblem]) -> torch.Tensor:
         last, cache = ask(model, problems)
@@ -288,17 +290,16 @@ def train_stage(model: Codi, stage: Stage, seed: int, folder: Path) -> None:
 
 
 CONSTANT = 0.9999  # no tail
-_LONG = {"lengths": (24, 32), "max_unused": 2}
+_LONG = {"lengths": (24, 32), "max_unused": 2, "anywhere": True}
 TEACHER = (
     Stage("teacher", "teacher", 2000, 1.5e-3, True, (0.15, 0.25, 0.6), decay_from=CONSTANT, **_LONG),
     Stage("teacher-tail", "teacher", 1000, 1e-3, True, (0.4, 0.25, 0.35), decay_from=0.2, **_LONG),
-    # With two unused numbers, answers to problems of one step, read off the question alone, stayed at .57.
-    Stage("teacher-fewer", "teacher", 600, 7e-4, True, (0.4, 0.3, 0.3)),
+    Stage("teacher-fewer", "teacher", 600, 7e-4, True, (0.4, 0.3, 0.3), anywhere=True),
 )
 TEACHER_RESULTS = (
     *TEACHER,
-    Stage("teacher-results", "teacher", 800, 7e-4, False, (0.2, 0.3, 0.5)),
-    Stage("teacher-results-tail", "teacher", 1200, 8e-4, False, (0.15, 0.3, 0.55)),
+    Stage("teacher-results", "teacher", 800, 7e-4, False, (0.2, 0.3, 0.5), anywhere=True),
+    Stage("teacher-results-tail", "teacher", 1200, 8e-4, False, (0.15, 0.3, 0.55), anywhere=True),
 )
 
 
@@ -328,25 +329,29 @@ class Recipe:
         return self.stages[-1].operators
 
 
-def _joint(operators: bool) -> tuple[Stage, ...]:
-    kind = "operators" if operators else "results"
-    return (
-        Stage(f"joint-{kind}-two", "joint", 1200, 7e-4, operators, (0.1, 0.6, 0.3), decay_from=CONSTANT),
-        Stage(f"joint-{kind}-three", "joint", 3300, 7e-4, operators, (0.05, 0.3, 0.65), decay_from=0.4),
-    )
+_TWO, _THREE = (0.1, 0.6, 0.3), (0.05, 0.3, 0.65)
+JOINT = (
+    Stage("joint-operators-two", "joint", 1200, 7e-4, True, _TWO, decay_from=CONSTANT, anywhere=True),
+    Stage("joint-operators-three", "joint", 3000, 7e-4, True, _THREE, decay_from=0.4),
+)
+JOINT_RESULTS = (
+    Stage("joint-results-two", "joint", 600, 7e-4, False, _TWO, decay_from=CONSTANT, anywhere=True),
+    Stage("joint-results-three", "joint", 3000, 7e-4, False, _THREE, decay_from=0.4),
+)
+ANSWER = tuple(
+    replace(stage, name=stage.name.replace("joint-operators", "answer"), objective="answer")
+    for stage in JOINT
+)
 
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("codi", (*TEACHER, *_joint(True))),
-        Recipe("codi-results", (*TEACHER_RESULTS, *_joint(False))),
+        Recipe("codi", (*TEACHER, *JOINT)),
+        Recipe("codi-results", (*TEACHER_RESULTS, *JOINT_RESULTS)),
         Recipe("codi-teacher", TEACHER),
         Recipe("codi-results-teacher", TEACHER_RESULTS),
-        Recipe(
-            "codi-answer-only",
-            (*TEACHER, Stage("answer-only", "answer", 5500, 5e-4, True, (0.1, 0.25, 0.65))),
-        ),
+        Recipe("codi-answer-only", (*TEACHER, *ANSWER)),
     )
 }
 

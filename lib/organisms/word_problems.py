@@ -10,7 +10,7 @@ What makes a problem fit to see which numbers are read and which are computed:
 
 * the numbers of a question are distinct, no result is among them, and no two results are equal;
 * answers are drawn evenly from 1 to 40, for each number of steps;
-* operands stand at varying places;
+* operands stand at varying places, and unused numbers between them, as small or as great;
 * a fifth of all tuples of operands is never trained on (`held_out`). Each single fact, such as 14 + 5, is.
 """
 
@@ -121,6 +121,7 @@ def sample(
     length: int,
     *,
     max_unused: int = 1,
+    anywhere: bool = False,
     test: bool = False,
 ) -> list[WordProblem]:
     """Problems whose questions all have `length` tokens.
@@ -129,6 +130,7 @@ def sample(
         n_steps: of each problem, 1 to 3.
         length: that of `LENGTHS`, or more.
         max_unused: numbers that no step uses, at most `MAX_UNUSED`.
+        anywhere: whether they may stand before the start and behind the last step.
         test: draw held-out tuples of operands instead of the others.
 
     Raises:
@@ -141,7 +143,7 @@ def sample(
         rows = [i for i, n in enumerate(n_steps) if n == count]
         operations, values = _sample_numbers(rng, len(rows), count, test)
         for i, signs, numbers in zip(rows, operations.tolist(), values.tolist(), strict=True):
-            template = _template(draw, [OPERATIONS[sign] for sign in signs], length, max_unused)
+            template = _template(draw, [OPERATIONS[sign] for sign in signs], length, max_unused, anywhere)
             problems[i] = _fill(template, signs, numbers)
     return problems
 
@@ -158,7 +160,9 @@ def sample_twins(rng: np.random.Generator, n: int, n_steps: int) -> list[tuple[W
                 numbers
             ):
                 partners.remove(other)
-                template = _template(draw, [OPERATIONS[sign] for sign in signs], draw.choice(LENGTHS), 1)
+                template = _template(
+                    draw, [OPERATIONS[sign] for sign in signs], draw.choice(LENGTHS), 1, False
+                )
                 pairs.append((_fill(template, signs, other), _fill(template, signs, numbers)))
                 break
         else:
@@ -223,7 +227,9 @@ def _candidates(rng: np.random.Generator, n: int, n_steps: int, test: bool) -> t
 # -- text ------------------------------------------------------------------------------------------
 
 
-def _template(draw: random.Random, operations: Sequence[str], length: int, max_unused: int) -> str:
+def _template(
+    draw: random.Random, operations: Sequence[str], length: int, max_unused: int, anywhere: bool
+) -> str:
     """A question of `length` tokens with {0}, {1}, ... for the operands and {u0}, ... for unused numbers."""
     gap = -1
     while gap < 0 or gap in (1, 2):  # no clause is as short as that
@@ -240,9 +246,13 @@ def _template(draw: random.Random, operations: Sequence[str], length: int, max_u
         if left < 0 or left in (1, 2):
             continue
         gap = left
+        first, last = 0, len(story)
         if extra in UNUSED:
             extra, unused = extra.replace("{n}", f"{{u{unused}}}"), unused + 1
-        story.insert(draw.randint(0, len(story)), extra)
+            if not anywhere:
+                used = [i for i, clause in enumerate(story) if re.search(r"\{\d", clause)]
+                first, last = used[0] + 1, used[-1]
+        story.insert(draw.randint(first, last), extra)
     text = " ".join((*story, question))
     for slot, word in {"name": name, "they": NAMES[name], "things": things, "other": other,
                        "goods": goods}.items():  # fmt: skip
