@@ -242,6 +242,25 @@ def twin_indices(problems: Sequence[Problem]) -> np.ndarray:
     return np.array([place[problem.twin] for problem in problems], dtype=int)
 
 
+def carried_answer(problem: Problem, other: Problem) -> float:
+    """The problem's last step on the other's last intermediate result: its answer if only that were exchanged.
+
+    NaN for problems without intermediate result, or whose last step is not one operation on that result and
+    a number.
+    """
+    if len(problem.equations) < 2 or len(other.equations) < 2:
+        return float("nan")
+    last, own = problem.equations[-1], problem.equations[-2].result
+    sign = re.fullmatch(rf"\s*(?:{_DIGITS})\s*([-+*/])\s*(?:{_DIGITS})\s*", last.left)
+    if not sign or last.operands.count(own) != 1:
+        return float("nan")
+    exchanged = other.equations[-2].result
+    left, right = (exchanged if value == own else value for value in last.operands)
+    if sign[1] == "/":
+        return left / right if right else float("nan")
+    return {"+": left + right, "-": left - right, "*": left * right}[sign[1]]
+
+
 # -- parsing ---------------------------------------------------------------------------------------
 
 

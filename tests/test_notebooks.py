@@ -34,8 +34,10 @@ SMALL = {
     },
     "02_neighbor_mixing": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
     "03_refusal_low_rank": {
-        "compare_with": ["organism/refusal-planted-1"], "k_values": [1, 2], "n_random": 1, "n_bootstrap": 100,
+        "compare_with": ["organism/refusal-planted-1"], "n_prompts": 16, "k_values": [1, 2],
+        "strengths": [0.5, 1.0], "n_random": 1, "n_bootstrap": 100,
     },
+    "04_codi_attention": {"compare_with": ["organism/codi-results"], "n_problems": 60, "n_bootstrap": 100},
 }
 
 # Calls that a cell may end with and show nothing.

@@ -11,6 +11,7 @@ from lib.problems import (
     Equation,
     Problem,
     ProblemError,
+    carried_answer,
     extract_answer,
     first_problems,
     problems_of,
@@ -173,3 +174,25 @@ def test_problems_of_a_folder_without_any_are_asked_for(tmp_path):
     (tmp_path / "other.jsonl").write_text(json.dumps(row | {"answer": "4"}))
     assert problems_of(tmp_path)[0].answer == 3
     assert problems_of(tmp_path, str(tmp_path / "other.jsonl"))[0].answer == 4
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "expected"),
+    [
+        ("<<3+5=8>> <<8-2=6>>", "<<10+9=19>> <<19-4=15>>", 17),
+        ("<<3+5=8>> <<20-8=12>>", "<<10+9=19>> <<30-19=11>>", 1),
+        ("<<3+5=8>> <<8*2=16>>", "<<1+9=10>> <<10*3=30>>", 20),
+        ("<<3+5=8>> <<8/2=4>>", "<<1+9=10>> <<10/5=2>>", 5),
+        ("<<3+5=8>> <<7-2=5>>", "<<1+9=10>> <<10*3=30>>", None),  # does not take the result
+        ("<<3+5=8>> <<8+8=16>>", "<<1+9=10>> <<10+10=20>>", None),  # which of the two?
+        ("<<3+5=8>> <<8-2-1=5>>", "<<1+9=10>> <<10-3-1=6>>", None),
+        ("<<3+5=8>>", "<<1+9=10>>", None),
+    ],
+)
+def test_answer_with_the_twins_intermediate_result(own, other, expected):
+    rows = [
+        Problem(name, "3 5", tuple(Equation.parse(step) for step in cot.split()), 1.0)
+        for name, cot in (("a", own), ("b", other))
+    ]
+    found = carried_answer(*rows)
+    assert np.isnan(found) if expected is None else found == expected
