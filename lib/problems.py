@@ -243,7 +243,7 @@ def twin_indices(problems: Sequence[Problem]) -> np.ndarray:
 
 
 def carried_answer(problem: Problem, other: Problem) -> float:
-    """The problem's last step on the other's last intermediate result: its answer if only that were exchanged.
+    """The problem's last step on the other's last intermediate result, as if only that were exchanged.
 
     NaN for problems without intermediate result, or whose last step is not one operation on that result and
     a number.
