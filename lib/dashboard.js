@@ -27,6 +27,7 @@ const state = {
   row: null, // chosen: index of a state, null for the mean of all thoughts
   preview: undefined, // the same under the mouse
   token: null, // pointed at: {side, position}
+  mouse: [], // where it was last
   open: new Set(), // states whose lens is shown layer by layer
   sink: true, // whether the first token competes
   twin: false,
@@ -38,9 +39,8 @@ const state = {
 
 // 231 thousandths are .23; a share is never written as 0 when it is not.
 function share(thousandths, digits = 2) {
-  if (thousandths >= 999.5) return "1." + "0".repeat(digits);
-  const text = (thousandths / 1000).toFixed(digits).slice(1);
-  return thousandths > 0 && /^\.0+$/.test(text) ? "<." + "0".repeat(digits - 1) + "1" : text;
+  const text = (thousandths / 1000).toFixed(digits).replace(/^0/, "");
+  return thousandths > 0 && /^\.0+$/.test(text) ? `<.${"0".repeat(digits - 1)}1` : text;
 }
 
 function shown(text) {
@@ -113,7 +113,7 @@ function panel(problem, other, side) {
       {
         tabindex: position ? -1 : 0,
         role: "img",
-        onmouseenter: () => point({ side, position }),
+        onmousemove: (event) => moved(event) && point({ side, position }),
         onmouseleave: () => point(null),
         onfocus: () => point({ side, position }),
         onblur: () => point(null),
@@ -151,12 +151,12 @@ function panel(problem, other, side) {
   );
   parts.element = make(
     "section",
-    { class: "panel", "aria-labelledby": `title${side}`, "--rows": rows.length + 2 },
+    { class: "panel", "aria-labelledby": `title${side}` },
     head,
-    strip,
-    parts.readout,
+    make("div", { class: "top" }, strip, parts.readout),
     make("div", { class: "inner" }, aside, table),
   );
+  parts.lines = [head, aside, ...parts.rows.map(({ line }) => line)];
   return parts;
 }
 
@@ -174,7 +174,7 @@ function thoughtRow(parts, row) {
     "tr",
     {
       role: "row",
-      onmouseenter: () => preview(row),
+      onmousemove: (event) => moved(event) && preview(row),
       onmouseleave: () => preview(undefined),
     },
     head,
@@ -226,6 +226,19 @@ function paintLens(problem, { row, more, lens }) {
 function openLayers(row) {
   if (!state.open.delete(row)) state.open.add(row);
   for (const { problem, rows } of panels) for (const line of rows) if (line.row === row) paintLens(problem, line);
+  align();
+}
+
+// Twins side by side have every state in line.
+function align() {
+  const [left, right] = panels;
+  if (!right) return;
+  for (const line of [...left.lines, ...right.lines]) line.style.minHeight = "";
+  if (left.element.offsetTop !== right.element.offsetTop) return;
+  left.lines.forEach((line, i) => {
+    const height = Math.max(line.offsetHeight, right.lines[i].offsetHeight);
+    line.style.minHeight = right.lines[i].style.minHeight = `${height}px`;
+  });
 }
 
 function lensTable(problem, row) {
@@ -344,15 +357,27 @@ function pointedAt(parts) {
 
 function choose(row) {
   state.row = row;
+  state.preview = undefined; // whichever moved last, mouse or focus
+  state.token = null;
   paint();
 }
 
 function preview(row) {
+  if (state.preview === row) return;
   state.preview = row;
   paint();
 }
 
+// Whether the mouse moved, and not the page under it.
+function moved({ screenX, screenY }) {
+  const [x, y] = state.mouse;
+  state.mouse = [screenX, screenY];
+  return x !== screenX || y !== screenY;
+}
+
 function point(token) {
+  const { side, position } = state.token ?? {};
+  if (side === token?.side && position === token?.position) return;
   state.token = token;
   paint();
 }
@@ -450,6 +475,7 @@ function show(index) {
   byId("panels").className = twin ? "two" : "";
   byId("panels").replaceChildren(...panels.map(({ element }) => element));
   paint();
+  align();
   const found = `Problem ${place.indexOf(index) + 1} of ${place.length}: ${problem.id}`;
   byId("status").textContent = `${found}, ${problem.correct ? "correct" : "incorrect"}, ${STEPS(problem.results.length)}`;
   if (focused) (panels[side] ?? panels[0]).rows.find(({ row }) => row === focused.row).button.focus();
@@ -546,4 +572,5 @@ drawControls();
 drawLegend();
 nameScheme();
 systemIsDark.addEventListener("change", nameScheme);
+addEventListener("resize", align);
 filter();

@@ -275,7 +275,8 @@ def test_markup_in_texts_is_text_in_the_notebook(visit, hostile):
     check_texts(inner, hostile, [1, 2])
     assert tab.evaluate("window.hit") is None
     assert tab.evaluate("document.body.childNodes.length") == 1
-    assert inner.evaluate("self.origin") == "null", "the frame could reach the notebook"
+    reach = "() => { try { return Boolean(parent.document) } catch { return false } }"
+    assert not inner.evaluate(reach), "the frame could reach the notebook"
 
 
 def test_policy_stops_a_script_that_is_not_the_pages_own(browser, data):
@@ -313,6 +314,21 @@ def test_heat_follows_the_state_under_the_mouse_and_the_focus(visit, data):
     np.testing.assert_allclose(heats(tab)[: len(attention)], attention / attention.max(), atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [1200, 400])
+def test_heat_stays_in_sight_beside_every_state(visit, data, width):
+    tab = visit(page(data), width=width)
+    tab.mouse.move(100, 450)  # where states scroll by
+    button(tab, "mean").focus()
+    n = len(data["rows"])
+    for key in ["ArrowDown"] * n + ["ArrowUp"] * n:
+        tab.keyboard.press(key)
+        strip = tab.locator(".top").bounding_box()
+        assert tab.locator("tr.active button").first.evaluate("(b) => b === document.activeElement")
+        chosen = tab.locator("tr.active button").first.bounding_box()
+        assert strip["y"] >= 0 and chosen["y"] >= strip["y"] + strip["height"], "the tokens hide the state"
+        assert chosen["y"] + chosen["height"] <= 900
+
+
 def test_pointing_at_a_token_says_who_attends_to_it(visit, data):
     tab = visit(page(data))
     problem = data["problems"][0]
@@ -340,6 +356,13 @@ def test_rows_show_top_words_and_top_tokens(visit, data):
     for layer in range(N_LAYERS):
         words = [data["words"][word] for word in problem["lens"][layer][Z2][::2]]
         assert layers.nth(layer).locator("b").all_text_contents() == words
+
+
+def test_shares_are_written_short(visit, data):
+    tab = visit(page(data))
+    for thousandths, text in {1000: "1.00", 997: "1.00", 231: ".23", 5: ".01", 4: "<.01", 0: ".00"}.items():
+        assert tab.evaluate(f"share({thousandths})") == text
+    assert tab.evaluate("share(0.4, 3)") == "<.001"
 
 
 def test_results_among_the_words_are_named(visit, data):
@@ -406,7 +429,8 @@ def test_twins_stand_side_by_side(visit, data):
     assert texts(tab, "h2") == ["Problem b", "Twin c"]
     left, right = (tab.locator(".panel").nth(i).bounding_box() for i in (0, 1))
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
-    for name in ("z_0", "z_5"):
+    button(tab, "layers of z_1").click()
+    for name in ("z_0", "z_5", "answer"):
         rows = [button(tab, name, side).bounding_box()["y"] for side in (0, 1)]
         assert rows[0] == rows[1], "the states of twins are not in line"
     assert texts(tab, ".token.differs .word") == ["8", "3", "4", "20", "2", "6"]
