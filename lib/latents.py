@@ -29,7 +29,7 @@ from lib.batches import Batches
 from lib.codi_checkpoint import CodiModel
 from lib.generation import auto_rows, end_tokens
 from lib.models import provenance, shape
-from lib.problems import Problem, extract_answer, twin_indices
+from lib.problems import Problem, carried_answer, extract_answer, twin_indices
 from lib.record import Cache
 
 MAX_ANSWER = 24  # tokens of an answer, prompt included
@@ -204,6 +204,62 @@ def mean_ablations(thoughts: Thoughts, sets: Sequence[Sequence[int]]) -> list[Va
     """For each set of k the variant in which these z_k are their means over the problems."""
     values = thoughts.z.mean(0, keepdims=True)
     return [_replacing("mean", chosen, thoughts, values) for chosen in sets]
+
+
+class CausalRole(NamedTuple):
+    """What follows when thoughts are replaced, [set, problem]: 1 or 0, NaN for a problem that cannot tell.
+
+    Attributes:
+        twin: with the twin's thoughts the answer is the twin's.
+        carried: with the twin's thoughts it is the problem's own last step on the twin's intermediate result
+            (`lib.problems.carried_answer`): thoughts carry that result, and no more.
+        lost: with the mean thoughts of all problems it is right no more.
+    """
+
+    twin: np.ndarray
+    carried: np.ndarray
+    lost: np.ndarray
+
+
+def causal_role(
+    codi: CodiModel,
+    problems: Sequence[Problem],
+    thoughts: Thoughts,
+    sets: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 0,
+    cache: Cache | None = None,
+) -> CausalRole:
+    """Twin patching and mean ablation of sets of thoughts, side by side.
+
+    Only problems that are answered right tell anything, and of twins those that both are. Problems without
+    twins, as those of GSM8K, have mean ablation alone.
+
+    Args:
+        thoughts: of the problems, from `think`.
+        sets: of k, z_k being replaced together.
+    """
+    wanted = np.array([problem.answer for problem in problems])
+    right = thoughts.answers.equal(wanted)[0]
+    paired = all(problem.twin is not None for problem in problems)
+    variants = mean_ablations(thoughts, sets)
+    if paired:
+        variants += twin_patches(problems, thoughts, sets)
+    questions = [problem.question for problem in problems]
+    found = answer(codi, questions, variants, batch_size=batch_size, cache=cache)
+    n, shape_ = len(sets), (len(sets), len(problems))
+    role = CausalRole(*(np.full(shape_, np.nan) for _ in CausalRole._fields))
+    role.lost[:, right] = ~found.equal(wanted)[:n, right]
+    if paired:
+        twin = twin_indices(problems)
+        carried = np.array(
+            [carried_answer(problem, problems[i]) for problem, i in zip(problems, twin, strict=True)]
+        )
+        both = right & right[twin]
+        for effect, expected in ((role.twin, wanted[twin]), (role.carried, carried)):
+            told = both & np.isfinite(expected)
+            effect[:, told] = found.equal(expected)[n:, told]
+    return role
 
 
 def _replacing(what: str, chosen: Sequence[int], thoughts: Thoughts, values: np.ndarray) -> Variant:

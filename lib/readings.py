@@ -502,8 +502,8 @@ class Roles(NamedTuple):
 
     Attributes:
         mass, null: [problem, thought, role], see `Reading`; roles as in `ROLES`. "just before" is the
-            position in front of the thought, text for z_0 and <bot> for z_1; "earlier latents" are <bot> and the
-            thoughts before that one.
+            position in front of the thought, text for z_0 and <bot> for z_1; "earlier latents" are <bot> and
+            the thoughts before that one.
         base: share of the tokens up to the thought [problem, thought, role].
     """
 

@@ -15,13 +15,14 @@ from lib.latents import (
     ThoughtIndex,
     Variant,
     answer,
+    causal_role,
     early_stops,
     mean_ablations,
     parity,
     think,
     twin_patches,
 )
-from lib.problems import read_problems
+from lib.problems import carried_answer, read_problems
 from lib.record import Cache
 
 N = 6  # thoughts
@@ -241,3 +242,27 @@ def test_parity_is_even_minus_odd_of_the_thoughts_that_are_fed():
     )  # z_0 .. z_3: z_3 is not fed, so z_2 has no partner
     with pytest.raises(ValueError, match="1 thoughts have no even and odd ones"):
         parity(values[:, :1])
+
+
+def test_causal_role_is_that_of_the_patches_and_ablations(codi, problems, questions, thoughts):
+    twins = [problem for problem in problems if problem.twin]
+    # The model is random: what it says stands in for what is right, so that there is something to lose.
+    said = think(codi, [problem.question for problem in twins])
+    own = [replace(problem, answer=value) for problem, value in zip(twins, said.values, strict=True)]
+    sets = [(0,), (1, 3), tuple(range(N))]
+    role = causal_role(codi, own, said, sets)
+    asked = [problem.question for problem in own]
+    patched = answer(codi, asked, twin_patches(own, said, sets)).values
+    ablated = answer(codi, asked, mean_ablations(said, sets)).values
+    told = np.isfinite(said.values)
+    both = told & told[[1, 0]]
+    assert both.all() and np.isfinite(role.carried).all()
+    np.testing.assert_array_equal(role.lost, ablated != said.values)
+    np.testing.assert_array_equal(role.twin, patched == said.values[[1, 0]])
+    expected = [carried_answer(own[0], own[1]), carried_answer(own[1], own[0])]
+    np.testing.assert_array_equal(role.carried, patched == expected)
+
+
+def test_causal_role_leaves_out_what_cannot_tell(codi, problems, thoughts):
+    role = causal_role(codi, [replace(problem, answer=-1.0) for problem in problems], thoughts, [(0,)])
+    assert all(np.isnan(effect).all() for effect in role), "nothing is answered right, and some have no twin"
