@@ -107,6 +107,12 @@ def paired_difference(
     return bootstrap_mean(a - b, n_resamples=n_resamples, level=level, seed=seed)
 
 
+def known_mean(values: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray | float:
+    """Mean of the values that are not NaN; NaN where none is."""
+    mean = np.ma.masked_invalid(values).mean(axis)
+    return float(mean) if np.ndim(mean) == 0 and mean is not np.ma.masked else np.ma.filled(mean, np.nan)
+
+
 def derangement(groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
     """An order in which every item is replaced by another one of its group, for shuffled nulls [item].
 

@@ -17,6 +17,7 @@ from lib.statistics import (
     derangement,
     gwet_ac1,
     holm,
+    known_mean,
     paired_difference,
     resamples,
     wilson,
@@ -211,3 +212,12 @@ def test_derangement_stays_in_the_group_and_moves_everyone():
     assert (order == derangement(groups, seed=1)).all() and (order != derangement(groups, seed=2)).any()
     with pytest.raises(ValueError, match="group 'c' has one item"):
         derangement([*groups, "c"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_known_mean_leaves_out_what_is_missing():
+    values = np.array([[1.0, np.nan, 3.0], [np.nan] * 3])
+    assert known_mean(values) == 2.0
+    np.testing.assert_array_equal(known_mean(values, 1), [2.0, np.nan])
+    np.testing.assert_array_equal(known_mean(values, 0), [1.0, np.nan, 3.0])
+    assert np.isnan(known_mean(values[1]))
