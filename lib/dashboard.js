@@ -487,7 +487,7 @@ const ARROWS = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1 };
 
 document.addEventListener("keydown", (event) => {
   const by = ARROWS[event.key];
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select, input")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select")) return;
   const sideways = event.key === "ArrowLeft" || event.key === "ArrowRight";
   const parts = panels.find(({ element }) => element.contains(event.target));
   const inStrip = parts && parts.strip.contains(event.target);

@@ -327,6 +327,9 @@ def test_heat_stays_in_sight_beside_every_state(visit, data, width):
         chosen = tab.locator("tr.active button").first.bounding_box()
         assert strip["y"] >= 0 and chosen["y"] >= strip["y"] + strip["height"], "the tokens hide the state"
         assert chosen["y"] + chosen["height"] <= 900
+    tab.mouse.wheel(0, 150)
+    tab.wait_for_timeout(300)  # for the event of a mouse that only the page moved under
+    assert tab.locator("tr.active button").first.text_content() == "mean"
 
 
 def test_pointing_at_a_token_says_who_attends_to_it(visit, data):
@@ -373,16 +376,47 @@ def test_results_among_the_words_are_named(visit, data):
         menu(tab, "problem").select_option(str(i))
         hits = [text.split() for text in texts(tab, ".chip.hit")]
         for word, *_, tag in hits:
-            step = len(problem["results"]) - 1 if tag == "answer" else int(tag)
+            last = len(problem["results"]) - 1
+            step = last if tag == "answer" else int(tag)
+            assert (tag == "answer") == (step == last)
             assert problem["results"][step] == "".join(filter(str.isdigit, word.split(".")[0]))
         named += len(hits)
     assert named, "the test needs a result to be named"
 
 
+def test_tree_says_what_the_state_attends_to_and_which_state_decodes_a_result(visit, data):
+    tab = visit(page(data))
+    menu(tab, "problem").select_option("3")
+    button(tab, "z_2").focus()
+    problem = data["problems"][3]
+    masses = {n: problem["attention"][Z2][problem["tokens"].index(n)] for n in ("6", "10", "3")}
+    leaves = [f"{n}{tab.evaluate(f'share({mass})')}" for n, mass in masses.items()]
+    assert texts(tab, ".tree .pill") == ["26", "13", "16", *leaves, "2not in the question"]
+
+    tops = [[data["words"][lens[0]] for lens in problem["lens"][-1][:7]] for problem in data["problems"]]
+    found = [(i, problem) for i, problem in enumerate(data["problems"]) if problem["answer"] in tops[i]]
+    assert found, "the test needs a state that decodes the answer"
+    for i, problem in found:
+        menu(tab, "problem").select_option(str(i))
+        states = [f"z_{k}" for k, top in enumerate(tops[i]) if top == problem["answer"]]
+        said = f"step {len(problem['results']) - 1}: top word of {', '.join(states)}"
+        assert texts(tab, ".tree > li > .note") == [said]
+
+
+def test_legend_gives_both_published_counts(visit, data):
+    tab = visit(page(data))
+    lines = [line.get_by_role("cell").all_text_contents() for line in tab.locator(".counting tbody tr").all()]
+    assert lines[0] == ["z_0", "<bot>", "odd token 1", "before step 1"]
+    assert lines[6] == ["z_6", "thought 6", "odd token 7", "even step 6"]
+
+
 def test_sink_can_be_left_out_and_is_reported(visit, data):
     tab = visit(page(data))
-    problem = data["problems"][0]
+    tab.keyboard.press("ArrowRight")
+    problem = data["problems"][1]
     button(tab, "z_2").focus()
+    row = tab.locator("tr").filter(has=button(tab, "z_2")).get_by_role("cell").nth(1)
+    assert row.locator("b").count() == 4 and "sink" in row.text_content()
     attention = np.array(problem["attention"][Z2], dtype=float)
     sink = f".{int(attention[0]):03}"
     assert f"{sink} of it on the first token (sink)" in tab.locator(".readout").text_content()
@@ -394,7 +428,6 @@ def test_sink_can_be_left_out_and_is_reported(visit, data):
     scaled = rest.max() / (1000 - attention[0])
     assert f"full colour is {scaled:.3f}".replace(" 0.", " .") in said
     assert f"the first token (sink), {sink}, left out" in said
-    row = tab.locator("tr").filter(has=button(tab, "z_2")).get_by_role("cell").nth(1)
     assert row.locator("b").count() == 4, "another token takes its place"
     assert "sink" not in row.text_content()
     assert texts(tab, ".token small")[0] == "sink"
@@ -434,12 +467,14 @@ def test_twins_stand_side_by_side(visit, data):
         rows = [button(tab, name, side).bounding_box()["y"] for side in (0, 1)]
         assert rows[0] == rows[1], "the states of twins are not in line"
     assert texts(tab, ".token.differs .word") == ["8", "3", "4", "20", "2", "6"]
-    full = max(max(data["problems"][i]["attention"][Z2]) for i in (1, 2))
+    largest = [[max(data["problems"][i]["attention"][row]) for i in (1, 2)] for row in range(7)]
+    row = next(row for row, (one, other) in enumerate(largest) if one != other)
+    full = max(largest[row])
     for order in ((1, 2), (2, 1)):  # one scale, whichever has the larger mass
         menu(tab, "problem").select_option(str(order[0]))
-        button(tab, "z_2", 1).focus()
+        button(tab, f"z_{row}", 1).focus()
         for side, i in enumerate(order):
-            mine = np.array(data["problems"][i]["attention"][Z2]) / full
+            mine = np.array(data["problems"][i]["attention"][row]) / full
             np.testing.assert_allclose(heats(tab, side)[: len(mine)], mine, atol=1e-6)
 
 
@@ -449,10 +484,16 @@ def test_everything_goes_by_keyboard(visit, data):
     tab.keyboard.press("ArrowRight")
     assert tab.locator("h2").text_content() == "Problem b"
     assert tab.locator("#status").text_content() == "Problem 2 of 5: b, correct, 2 steps"
+    menu(tab, "answers").focus()
+    tab.keyboard.press("ArrowRight")
+    assert menu(tab, "answers").input_value() == "correct", "arrows belong to the menu that has the focus"
+    tab.keyboard.press("ArrowLeft")
+    button(tab, "next →").focus()
     tab.keyboard.press("ArrowLeft")
     tab.keyboard.press("ArrowLeft")
     assert tab.locator("h2").text_content() == "Problem e", "problems go round"
     tab.keyboard.press("ArrowRight")
+    menu(tab, "problem").focus()
 
     seen = []
     while "mean" not in seen and len(seen) < 20:
