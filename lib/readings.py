@@ -12,8 +12,9 @@ first token as a category of its own (sink), because models rest their attention
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -491,6 +492,19 @@ def attended(reading: Reading, k: int, *, question_only: bool = False, sink: boo
             order = np.argsort(-np.where(allowed, attention[row], -1), kind="stable")[:k]
             found.positions[i, row], found.mass[i, row] = order, attention[row, order]
             found.kinds[i, row], found.sink[i, row] = kinds[row, order], attention[row, 0]
+    return found
+
+
+def chance_in_top(reading: Reading, k: int, kinds: Collection[int]) -> np.ndarray:
+    """Chance that k question tokens drawn at random hold one of some categories [problem, row]: what the same
+    share of `attended(..., question_only=True)` is to be compared with. NaN for a row that is not there."""
+    found = np.full((len(reading.kinds), len(reading.rows)), np.nan)
+    for i, rows in enumerate(reading.kinds):
+        for row, of in enumerate(rows):
+            question = of[(of >= 0) & (of < len(SHARED))]
+            if len(question):
+                others = len(question) - int(np.isin(question, list(kinds)).sum())
+                found[i, row] = 1 - comb(others, k) / comb(len(question), k)
     return found
 
 

@@ -21,6 +21,7 @@ from lib.readings import (
     TEXT_CATEGORIES,
     attended,
     by_role,
+    chance_in_top,
     decoding,
     measure,
     measure_text,
@@ -444,3 +445,14 @@ def test_roles_are_the_categories_with_thoughts_told_apart_by_distance(reading):
                     role = "just before" if position == bot + j - 1 else "earlier latents"
                 seen[role] += attention[j, position]
             np.testing.assert_allclose(roles.mass[i, j], [*seen.values()], atol=1e-5)
+
+
+def test_chance_of_the_top_is_that_of_random_draws(reading):
+    found = chance_in_top(reading, 3, {OPERAND})
+    rng = np.random.default_rng(0)
+    for i, row in ((0, 0), (1, 2), (3, N)):
+        kinds = reading.kinds[i][row]
+        question = kinds[(kinds >= 0) & (kinds < len(readings.SHARED))]
+        draws = [(rng.choice(question, 3, replace=False) == OPERAND).any() for _ in range(4000)]
+        assert found[i, row] == pytest.approx(np.mean(draws), abs=0.03)
+    assert (chance_in_top(reading, 3, {OPERAND, readings.OTHER}) >= found).all()
