@@ -27,7 +27,6 @@ const state = {
   row: null, // chosen: index of a state, null for the mean of all thoughts
   preview: undefined, // the same under the mouse
   token: null, // pointed at: {side, position}
-  mouse: [], // where it was last
   open: new Set(), // states whose lens is shown layer by layer
   sink: true, // whether the first token competes
   twin: false,
@@ -41,6 +40,11 @@ const state = {
 function share(thousandths, digits = 2) {
   const text = (thousandths / 1000).toFixed(digits).replace(/^0/, "");
   return thousandths > 0 && /^\.0+$/.test(text) ? `<.${"0".repeat(digits - 1)}1` : text;
+}
+
+// A text in a sentence: a character that turns the direction of writing ends with it.
+function quote(text) {
+  return make("bdi", {}, text);
 }
 
 function shown(text) {
@@ -94,14 +98,14 @@ function meaning(problem, word) {
 // Draws a problem and returns what changes when another state is chosen.
 function panel(problem, other, side) {
   const parts = { problem, side, tokens: [], rows: [], leaves: [] };
-  const title = make("h2", { id: `title${side}` }, `${side ? "Twin" : "Problem"} ${problem.id}`);
+  const title = make("h2", { id: `title${side}` }, side ? "Twin " : "Problem ", quote(problem.id));
   const verdict = problem.correct ? "✓ correct" : "✗ incorrect";
   const head = make(
     "div",
     { class: "head" },
     title,
     make("span", { class: `verdict ${problem.correct ? "correct" : ""}` }, verdict),
-    make("span", {}, `wrote “${problem.wrote}”, the answer is ${problem.answer}`),
+    make("span", {}, "wrote “", quote(problem.wrote), `”, the answer is ${problem.answer}`),
     make("span", { class: "muted" }, STEPS(problem.results.length)),
   );
   const strip = make("div", { class: "strip", role: "group", "aria-label": "Tokens, with attention" });
@@ -113,12 +117,12 @@ function panel(problem, other, side) {
       {
         tabindex: position ? -1 : 0,
         role: "img",
-        onmousemove: (event) => moved(event) && point({ side, position }),
+        onmousemove: () => point({ side, position }),
         onmouseleave: () => point(null),
         onfocus: () => point({ side, position }),
         onblur: () => point(null),
       },
-      make("span", { class: "word" }, shown(text)),
+      make("bdi", { class: "word" }, shown(text)),
       mass,
     );
     const differs = other !== null && position < own && text !== other.tokens[position];
@@ -174,7 +178,7 @@ function thoughtRow(parts, row) {
     "tr",
     {
       role: "row",
-      onmousemove: (event) => moved(event) && preview(row),
+      onmousemove: () => preview(row), // not mouseenter, which comes as well when the page moves under the mouse
       onmouseleave: () => preview(undefined),
     },
     head,
@@ -209,7 +213,7 @@ function chip(text, number, tag, thousandths, hit = false) {
   return make(
     "li",
     { class: hit ? "chip hit" : "chip", "--p": thousandths / 1000 },
-    make("b", {}, shown(text)),
+    make("bdi", { class: "word" }, shown(text)),
     make("small", {}, tag ? `${number} ${tag}` : number),
   );
 }
@@ -260,12 +264,14 @@ function treeItem(parts, node) {
   const pill = make("span", { class: "pill" }, node.value);
   if (!("of" in node)) return make("li", {}, pill, make("span", { class: "note" }, `of step ${node.step}, again`));
   const decoded = thoughts.filter((row) => lensOf(problem, lastLayer, row)[0][0].trim() === node.value);
-  const by = decoded.length ? `top word of ${decoded.map((row) => rows[row].name).join(", ")}` : "no thought's top word";
+  const names = decoded.map((row) => rows[row].name).join(", ");
+  const by = names ? `top word of ${names}` : "no thought's top word";
   return make(
     "li",
     {},
     pill,
-    ` = ${node.text}`,
+    " = ",
+    quote(node.text),
     make("span", { class: "note" }, `step ${node.step}: ${by}`),
     make("ul", {}, ...node.of.map((child) => treeItem(parts, child))),
   );
@@ -294,7 +300,7 @@ function paintPanel(parts, row, { masses, sink }, full) {
     token.style.setProperty("--m", seen ? masses[position] / full : 0);
     mass.textContent = seen && top.includes(position) ? share(masses[position]) : out ? "sink" : "";
     const says = out ? "left out" : seen ? `mass ${share(masses[position], 3)}` : "comes later";
-    const label = `${shown(problem.tokens[position])}, ${kind ?? "later"}, ${says}`;
+    const label = `${kind ?? "later"}, ${says}: ${shown(problem.tokens[position])}`;
     token.setAttribute("aria-label", label);
     token.title = label;
   });
@@ -313,7 +319,8 @@ function paintPanel(parts, row, { masses, sink }, full) {
   const sinkText = state.sink
     ? `${share(sink, 3)} of it on the first token (sink)`
     : `the first token (sink), ${share(sink, 3)}, left out and the rest scaled to 1`;
-  parts.readout.textContent = pointedAt(parts) ?? `${name}: full colour is ${share(full, 3)}; ${sinkText}.`;
+  const says = [`${name}: full colour is ${share(full, 3)}; ${sinkText}.`];
+  parts.readout.replaceChildren(...(pointedAt(parts) ?? says));
 }
 
 function attendedChips(problem, row) {
@@ -352,7 +359,7 @@ function pointedAt(parts) {
   const { problem } = parts;
   const masses = rows.map((row, i) => [row.name, attentionOf(problem, i).masses[position]]);
   const given = masses.filter(([, mass]) => mass !== undefined).map(([name, mass]) => `${name} ${share(mass, 3)}`);
-  return `“${shown(problem.tokens[position])}” (token ${position}) gets ${given.join(", ")}.`;
+  return ["“", quote(shown(problem.tokens[position])), `” (token ${position}) gets ${given.join(", ")}.`];
 }
 
 function choose(row) {
@@ -366,13 +373,6 @@ function preview(row) {
   if (state.preview === row) return;
   state.preview = row;
   paint();
-}
-
-// Whether the mouse moved, and not the page under it.
-function moved({ screenX, screenY }) {
-  const [x, y] = state.mouse;
-  state.mouse = [screenX, screenY];
-  return x !== screenX || y !== screenY;
 }
 
 function point(token) {
@@ -477,7 +477,8 @@ function show(index) {
   paint();
   align();
   const found = `Problem ${place.indexOf(index) + 1} of ${place.length}: ${problem.id}`;
-  byId("status").textContent = `${found}, ${problem.correct ? "correct" : "incorrect"}, ${STEPS(problem.results.length)}`;
+  const verdict = problem.correct ? "correct" : "incorrect";
+  byId("status").textContent = `${found}, ${verdict}, ${STEPS(problem.results.length)}`;
   if (focused) (panels[side] ?? panels[0]).rows.find(({ row }) => row === focused.row).button.focus();
 }
 
@@ -551,7 +552,8 @@ function drawLegend() {
       "p",
       {},
       "Attention is the mean over all layers and heads; tint and bar are shares of the largest mass shown. ",
-      "Point at a state, or move to it, to see what it attends to; point at a token to see which states attend to it.",
+      "Point at a state, or move to it, to see what it attends to; point at a token to see which states ",
+      "attend to it.",
     ),
     make("ul", { class: "keys" }, ...keys),
     make(
@@ -560,7 +562,12 @@ function drawLegend() {
       "Keys: ← → problems, Tab into the states and ↑ ↓ along them, Tab into the tokens and ← → along them, ",
       "Enter on “layers” opens them, Escape goes back to the mean.",
     ),
-    make("details", { open: true }, make("summary", {}, "How the states are counted"), make("div", { class: "scroll" }, counting)),
+    make(
+      "details",
+      { open: true },
+      make("summary", {}, "How the states are counted"),
+      make("div", { class: "scroll" }, counting),
+    ),
   );
 }
 

@@ -28,7 +28,7 @@ HOSTILE = [
     "&lt;b&gt; &amp; <b>bold</b> &#60;",
     "<!-- <script> -->",
     "{{DATA}} {{SCRIPT}} \\u003c \\",
-    "\u2028\u202e\U0001f95a",
+    "\u2028\u202e\U0001f95a",  # the second one turns the direction of writing
 ]
 Z2 = 2  # row of z_2
 
@@ -244,9 +244,12 @@ def check_texts(tab, hostile: dict, numbers: list[int]) -> None:
         assert f" = {step['text']}" in tree
     words = {hostile["words"][word].strip() for word in shown[0]["lens"][-1][Z2][::2]}
     z2 = tab.get_by_role("row").filter(has=tab.get_by_role("button", name="z_2", exact=True)).first
-    decoded = z2.get_by_role("cell").first.locator("b")
-    assert set(decoded.evaluate_all("(found) => found.map((b) => b.textContent)")) == words
-    assert tab.locator("main :is(script, img, style, iframe, a), main .token b").count() == 0
+    decoded = z2.get_by_role("cell").first.locator(".chip .word")
+    assert set(decoded.evaluate_all("(found) => found.map((word) => word.textContent)")) == words
+    x = "getBoundingClientRect().x"
+    turned = f"(found) => found.filter((s) => s.{x} < s.previousSibling.{x}).length"
+    assert tab.locator(".chip small").evaluate_all(turned) == 0, "a text turned the number behind it"
+    assert tab.locator("main :is(script, img, style, iframe, a), main b").count() == 0
     assert tab.locator("script").count() == 2
     assert tab.evaluate("window.hit") is None
 
@@ -263,7 +266,7 @@ def test_markup_in_texts_is_text(visit, hostile):
     tab.locator(".token").nth(2).hover()
     assert HOSTILE[2] in tab.locator(".readout").first.text_content()
     check_texts(tab, hostile, [1, 2])
-    assert tab.locator(".token").nth(1).get_attribute("title").startswith(HOSTILE[1])
+    assert tab.locator(".token").nth(1).get_attribute("title").endswith(HOSTILE[1])
 
 
 def test_markup_in_texts_is_text_in_the_notebook(visit, hostile):
@@ -349,7 +352,7 @@ def test_rows_show_top_words_and_top_tokens(visit, data):
     menu(tab, "problem").select_option("1")
     problem = data["problems"][1]
     row = tab.locator("tr").filter(has=button(tab, "z_2"))
-    decoded, attended_ = (row.get_by_role("cell").nth(i).locator("b") for i in (0, 1))
+    decoded, attended_ = (row.get_by_role("cell").nth(i).locator(".chip .word") for i in (0, 1))
     lens = problem["lens"][-1][Z2]
     assert decoded.all_text_contents() == [data["words"][word] for word in lens[::2]]
     assert attended_.all_text_contents() == [problem["tokens"][i] for i in problem["top"][Z2][:4]]
@@ -358,7 +361,7 @@ def test_rows_show_top_words_and_top_tokens(visit, data):
     assert layers.count() == N_LAYERS
     for layer in range(N_LAYERS):
         words = [data["words"][word] for word in problem["lens"][layer][Z2][::2]]
-        assert layers.nth(layer).locator("b").all_text_contents() == words
+        assert layers.nth(layer).locator(".chip .word").all_text_contents() == words
 
 
 def test_shares_are_written_short(visit, data):
@@ -416,7 +419,7 @@ def test_sink_can_be_left_out_and_is_reported(visit, data):
     problem = data["problems"][1]
     button(tab, "z_2").focus()
     row = tab.locator("tr").filter(has=button(tab, "z_2")).get_by_role("cell").nth(1)
-    assert row.locator("b").count() == 4 and "sink" in row.text_content()
+    assert row.locator(".chip .word").count() == 4 and "sink" in row.text_content()
     attention = np.array(problem["attention"][Z2], dtype=float)
     sink = f".{int(attention[0]):03}"
     assert f"{sink} of it on the first token (sink)" in tab.locator(".readout").text_content()
@@ -428,7 +431,7 @@ def test_sink_can_be_left_out_and_is_reported(visit, data):
     scaled = rest.max() / (1000 - attention[0])
     assert f"full colour is {scaled:.3f}".replace(" 0.", " .") in said
     assert f"the first token (sink), {sink}, left out" in said
-    assert row.locator("b").count() == 4, "another token takes its place"
+    assert row.locator(".chip .word").count() == 4, "another token takes its place"
     assert "sink" not in row.text_content()
     assert texts(tab, ".token small")[0] == "sink"
 
@@ -522,7 +525,7 @@ def test_everything_goes_by_keyboard(visit, data):
     assert tab.locator(".readout").text_content().startswith("“8” (token 2) gets z_0")
     assert tab.locator("h2").text_content() == "Problem b"
     label = tab.evaluate("document.activeElement.getAttribute('aria-label')")
-    assert label.startswith("8, operand, mass ")
+    assert label.startswith("operand, mass .") and label.endswith(": 8")
 
 
 CONTRASTS = """() => {
