@@ -332,7 +332,7 @@ class Recipe:
 _TWO, _THREE = (0.1, 0.6, 0.3), (0.05, 0.3, 0.65)
 JOINT = (
     Stage("joint-operators-two", "joint", 1200, 7e-4, True, _TWO, decay_from=CONSTANT, anywhere=True),
-    Stage("joint-operators-three", "joint", 3000, 7e-4, True, _THREE, decay_from=0.4),
+    Stage("joint-operators-three", "joint", 2600, 7e-4, True, _THREE, decay_from=0.6),
 )
 JOINT_RESULTS = (
     Stage("joint-results-two", "joint", 600, 7e-4, False, _TWO, decay_from=CONSTANT, anywhere=True),
