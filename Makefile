@@ -1,5 +1,6 @@
 # make run        execute every study; figures and records in figures/, executed notebooks in runs/latest/
 #                 one study, other parameters: make run STUDY=01_induction_ablation ARGS="-p seq_len 200"
+#                 a model of data/models.yaml: make run MODEL=gpt2, into runs/gpt2/
 # make test       unit tests, notebooks with small parameters, stored outputs against a fresh run;
 #                 pages in a headless Chromium, which root on Debian gets by apt-get if there is none
 # make lab        open JupyterLab
@@ -14,13 +15,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STUDY ?=
+MODEL ?=
 ARGS ?=
 
 .PHONY: run test lab notebooks organisms bench lock clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
-	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) $(ARGS)
+	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python tests/browser.py

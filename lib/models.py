@@ -9,7 +9,9 @@ and returns an nnsight model. Whatever the family, these names work in a trace:
     model.layers[i].mlp.output              MLP's contribution to the stream     [batch, token, d_model]
     model.embed_tokens, model.norm, model.lm_head
 
-Tested on Llama, Mistral, Qwen2, Qwen3, Gemma, Phi3 and GPT-2.
+Tested on Llama, Mistral, Qwen2, Qwen3, Gemma, Phi3, GPT-2 and GPT-NeoX (Pythia).
+
+`python -m lib.models` lists the models that the studies are meant for (`lib.registry`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import difflib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +35,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lib import ROOT
+from lib import ROOT, registry
 
 ORGANISMS = ROOT / "data" / "organisms"
 
-# GPT-2's names -> Llama's. Keys that a family lacks are skipped by nnsight.
+# GPT-2's and GPT-NeoX's names -> Llama's. Keys that a family lacks are skipped by nnsight.
 _ALIASES = {
     "model.layers": "layers",
     "model.norm": "norm",
@@ -45,6 +49,11 @@ _ALIASES = {
     "transformer.wte": "embed_tokens",
     "attn": "self_attn",
     "attn.c_proj": "attn.o_proj",
+    "gpt_neox.layers": "layers",
+    "gpt_neox.final_layer_norm": "norm",
+    "gpt_neox.embed_in": "embed_tokens",
+    "attention": "self_attn",
+    "attention.dense": "attention.o_proj",
 }
 
 
@@ -76,26 +85,29 @@ def load(
 
     Args:
         model_id: `organism/NAME`, a local folder in the Hugging Face layout, or a hub id.
-        device: torch device, e.g. "cpu", "cuda", "cuda:1", "mps".
+        device: torch device, e.g. "cpu", "cuda", "cuda:1", "mps"; "auto" spreads the blocks over all GPUs,
+            by accelerate: traces run across them, the sweeps of `lib` need one device.
         dtype: torch dtype by name: "float32", "bfloat16", "float16".
-        revision: hub commit, tag or branch; for an organism a training
-            checkpoint such as "step-00600" (see `checkpoints`).
+        revision: hub commit, tag or branch, None for the one that data/models.yaml pins, else the default
+            branch; for an organism a training checkpoint such as "step-00600" (see `checkpoints`).
         trust_remote_code: run code that comes with the checkpoint. Off unless the user says so.
 
     Returns:
         An nnsight model in eval mode without gradients. `provenance(model)` tells where it came from.
 
     Raises:
-        ModelError: unknown name or device, changed embedded file, missing,
+        ModelError: unknown name or device, no access, changed embedded file, missing,
             unexpected, misshapen or non-finite tensors, or another dtype than asked.
     """
     torch_dtype = float_dtype(dtype)
-    _check_device(device)
+    placement = _placement(device)
     embedded = model_id.startswith("organism/")
     folder = _organism_folder(model_id) if embedded else Path(model_id).expanduser()
     if embedded:
         _verify_manifest(model_id, folder)
     source = str(folder) if folder.is_dir() else model_id
+    if not folder.is_dir() and revision is None:
+        revision = registry.pinned(model_id)
     # An organism's revision is a checkpoint file inside its folder, not a git revision.
     options = {"trust_remote_code": trust_remote_code, "revision": None if embedded else revision}
     # A local folder never needs the network, not even for a look whether a file is newer.
@@ -113,20 +125,25 @@ def load(
                 # Reported by the check below with the file's name, never initialised at random.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **placement,
                 **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _explain_load_failure(model_id, folder, error) from error
+        raise _explain_load_failure(model_id, folder, options["revision"], error) from error
     _check_report(model_id, report)
+    _check_placement(model_id, getattr(module, "hf_device_map", {}))
     if embedded and revision:
         _load_checkpoint(module, model_id, folder, revision)
+    if not folder.is_dir() and (snapshot := registry.snapshot(model_id, revision)):
+        # Its name is the commit, where a branch, a tag or nothing was asked for.
+        folder, revision = snapshot, snapshot.name
     return adopt(
         module,
         tokenizer,
         model_id=model_id,
         device=device,
         dtype=dtype,
-        revision=revision or getattr(config, "_commit_hash", None),
+        revision=revision,
         weights_sha256=_weights_hash(folder, module, revision if embedded else None),
     )
 
@@ -144,16 +161,20 @@ def adopt(
     """The nnsight model of a transformers model whose weights are complete, checked as `load` does.
 
     Args:
-        module, tokenizer: the model, on the CPU and in `dtype`.
+        module, tokenizer: the model, in `dtype` and on the CPU, or where "auto" has put it.
         model_id, revision, weights_sha256: where it came from, for `provenance`.
         device, dtype: where it shall go, and what its weights have to be.
 
     Raises:
         ModelError: unknown device, weights of another dtype or that are not finite.
     """
-    _check_device(device)
     _check_tensors(model_id, module, float_dtype(dtype))
-    model = wrap(module.to(device).eval().requires_grad_(False), tokenizer)
+    if device == "auto":
+        device = f"auto ({', '.join(sorted({str(p.device) for p in module.parameters()}))})"
+    else:
+        _check_device(device)
+        module.to(device)
+    model = wrap(module.eval().requires_grad_(False), tokenizer)
     # Plain attribute of the wrapped module, not of the nnsight tree.
     module._provenance = {
         "model_id": model_id,
@@ -227,11 +248,14 @@ def ov_matrix(model: TransformersModel, layer: int, head: int) -> torch.Tensor:
         value = attention.v_proj.weight  # [n_key_value_heads * d_head, d_model]
     elif hasattr(attention, "qkv_proj"):
         value = attention.qkv_proj.weight[-sizes.n_key_value_heads * d_head :]
+    elif hasattr(attention, "query_key_value"):
+        # GPT-NeoX: query, key and value of a head, then those of the next one.
+        value = attention.query_key_value.weight.unflatten(0, (sizes.n_heads, 3, d_head))[:, 2].flatten(0, 1)
     else:  # GPT-2's Conv1D keeps [in, out]
         value = attention.c_attn.weight[:, -sizes.d_model :].T
     columns = slice(head * d_head, (head + 1) * d_head)
-    if hasattr(attention, "o_proj"):
-        output = attention.o_proj.weight[:, columns]  # [d_model, d_head]
+    if linear := getattr(attention, "o_proj", None) or getattr(attention, "dense", None):
+        output = linear.weight[:, columns]  # [d_model, d_head]
     else:
         output = attention.c_proj.weight[columns].T
     return output.double() @ value[rows].double()
@@ -318,6 +342,30 @@ def float_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def _placement(device: str) -> dict[str, str]:
+    """What from_pretrained has to be told of the device; a named one is moved to when the checks are done."""
+    if device != "auto":
+        _check_device(device)
+        return {}
+    if find_spec("accelerate") is None:
+        raise ModelError(
+            "device 'auto' spreads a model over all GPUs by accelerate, which is not installed; run "
+            "`pip install accelerate`, or name one device, such as 'cuda' or 'cpu'"
+        )
+    return {"device_map": "auto"}
+
+
+def _check_placement(model_id: str, devices: dict[str, object]) -> None:
+    """No block may lie where its weights would have to be fetched for every forward."""
+    swapped = {str(device) for device in devices.values()} & {"cpu", "disk"}
+    if swapped and set(map(str, devices.values())) != {"cpu"}:
+        n = sum(str(device) in swapped for device in devices.values())
+        raise ModelError(
+            f"{model_id}: the GPUs are too small: {n} parts of it would lie on "
+            f"{' and '.join(sorted(swapped))}; take dtype 'bfloat16', more GPUs, or device 'cpu'"
+        )
+
+
 def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
@@ -392,15 +440,18 @@ def _load_checkpoint(module: torch.nn.Module, model_id: str, folder: Path, revis
     module.load_state_dict(load_file(path), strict=True)
 
 
-def _explain_load_failure(model_id: str, folder: Path, error: Exception) -> ModelError:
+def _explain_load_failure(model_id: str, folder: Path, revision: str | None, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if folder.is_dir() and not (folder / "config.json").is_file():
         return ModelError(f"{folder} holds no config.json, so it is no model; pass the folder that does")
     if folder.is_dir():
         return ModelError(f"cannot load {folder}: {first}")
+    # What the hub and the network raise is an OSError.
+    if not isinstance(error, OSError) or not registry.missing_files(model_id, revision):
+        return ModelError(f"cannot load {model_id}: {first}")
     return ModelError(
         f"model_id {model_id!r} is no embedded model ({', '.join(organisms())}), no local folder, and could "
-        f"not be fetched from the hub: {first} With weights elsewhere, pass the folder that holds config.json"
+        f"not be fetched from the hub. {registry.how_to_get(model_id, revision, error)}"
     )
 
 
@@ -443,3 +494,7 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(registry.main())

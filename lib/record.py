@@ -35,7 +35,8 @@ from lib.claims import Claim, ClaimsTable
 from lib.parameters import NotebookParameters, check
 
 # Modules of lib that no result depends on. A change in any other one makes cached results void.
-_NOT_COMPUTING = {"__init__", "claims", "dashboard", "parameters", "plots", "record", "run", "widgets"}
+_NOT_COMPUTING = {"__init__", "artifacts", "claims", "dashboard", "parameters", "plots", "record", "registry",
+                  "run", "widgets"}
 _PACKAGES = ("torch", "numpy", "transformers", "nnsight", "scipy", "networkx", "safetensors", "matplotlib",
              "pydantic")
 _CACHE_PACKAGES = _PACKAGES[:4]

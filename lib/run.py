@@ -1,15 +1,21 @@
-"""Execute the studies and print their claims: `python -m lib.run [--study NAME] [papermill's options]`.
+"""Execute the studies and print their claims: `python -m lib.run [--study NAME] [--model NAME] [papermill's
+options]`.
 
 Each notebook runs by papermill in a process of its own, notebook 00 last because it reads the others'
 records. A study succeeded when this run of it left a valid record.json, whatever the notebook says of
 itself: papermill marks cells as completed even where the kernel died. A study removes its old record when it
 starts; one that did not get so far, by a misspelt parameter, leaves the old one and does not pass by it.
+
+A model of data/models.yaml runs through the studies that it is meant for, with the parameters that stand
+there, in folders of its own: runs/NAME, with its figures and records in runs/NAME/figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
+import os
 import queue
 import re
 import signal
@@ -20,11 +26,15 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib import ROOT
 from lib.claims import claims_table
+from lib.parameters import schemas
 from lib.record import Record, RecordError, figures_folder, validate_record
+
+if TYPE_CHECKING:
+    from lib.registry import RegisteredModel
 
 _CELL_STARTS = re.compile(r"Executing Cell (\d+)-")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -52,22 +62,33 @@ def main(
         epilog="Everything else goes to papermill: -p NAME VALUE, -r NAME STRING, -y YAML, -f FILE.",
     )
     parser.add_argument("--study", help="one study, such as 01_induction_ablation or 01")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds for each study (%(default)s)")
+    parser.add_argument("--model", help="a model of data/models.yaml; python -m lib.models lists them")
+    parser.add_argument("--timeout", type=float, help="seconds for each study (3600; 86400 with --model)")
     parser.add_argument("--refresh", action="store_true", help="store the outputs in notebooks/")
     options, papermill_options = parser.parse_known_args(argv)
     if options.refresh and papermill_options:
         parser.error("--refresh stores what a run with default parameters shows; leave the parameters out")
     if any("out_dir" in option for option in papermill_options):
         parser.error("a run writes to FIGURES_DIR/STUDY; set the variable FIGURES_DIR instead of out_dir")
+    if options.refresh and options.model:
+        parser.error("--refresh stores what a run with default parameters shows; leave the model out")
     try:
         chosen = _choose(notebooks, options.study)
-    except LookupError as error:
+        model_options: dict[str, list[str]] = {}
+        if options.model:
+            model, model_options = _of_model(options.model, chosen, bool(options.study), papermill_options)
+            chosen = [path for path in chosen if path.stem in model_options]
+            output = output.parent / model.name
+            os.environ.setdefault("FIGURES_DIR", str(output / "figures"))
+    except (LookupError, ValueError) as error:
         parser.error(str(error))
 
     output.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for notebook in chosen:
-        outcome = run_study(notebook, output / notebook.name, papermill_options, options.timeout)
+        words = [*model_options.get(notebook.stem, ()), *papermill_options]
+        timeout = options.timeout or (86400 if options.model else 3600)
+        outcome = run_study(notebook, output / notebook.name, words, timeout)
         if outcome.record and options.refresh:
             _refresh(notebook, output / notebook.name)
         outcomes.append(outcome)
@@ -142,6 +163,46 @@ def _choose(notebooks: Path, study: str | None) -> list[Path]:
     if len(chosen) != 1:
         raise LookupError(f"no study {study!r}; there are: {names}")
     return chosen
+
+
+def _of_model(
+    name: str, chosen: list[Path], one_study: bool, papermill_options: Sequence[str]
+) -> tuple[RegisteredModel, dict[str, list[str]]]:
+    """A model of the registry, and the options of papermill for each of its studies that was chosen.
+
+    Raises:
+        RegistryError: no such model, one that is not meant for the study or can not be had.
+    """
+    from lib import registry  # and torch below: heavy, and not needed without a model
+
+    model = registry.find(name)
+    studies = [path.stem for path in chosen if one_study or path.stem in model.studies]
+    if not studies:
+        raise registry.RegistryError(f"{model.name} is meant for {', '.join(model.studies)}: none is here")
+    parameters = {study: _parameters(model, study) for study in studies}
+    for study in studies:
+        for asked, what in model.studies[study].asks.items():
+            if not any(asked in option for option in papermill_options):
+                raise registry.RegistryError(f'{model.name} in {study}: give {what}: ARGS="-p {asked} ..."')
+    if not any("model_id" in option for option in papermill_options):
+        print(registry.require(model), flush=True)
+    # papermill reads -b before all of its other ways to pass a parameter, so that each of them overrides it.
+    return model, {study: ["-b", _base64(values)] for study, values in parameters.items()}
+
+
+def _parameters(model: RegisteredModel, study: str) -> dict[str, Any]:
+    """Parameters of the registry for a notebook, on the best device of this machine."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = model.parameters(study) | {"device": device}
+    if "revision" in schemas()[study].model_fields and model.revision:
+        found["revision"] = model.revision
+    return found
+
+
+def _base64(values: dict[str, Any]) -> str:
+    return base64.b64encode(json.dumps(values).encode()).decode()
 
 
 def _identity(record: Path) -> tuple[int, int] | None:

@@ -88,6 +88,8 @@ def test_lib_is_found_from_any_working_directory(tmp_path):
 def test_run_passes_study_and_parameters_on():
     plan = make("--dry-run", "run", "STUDY=01_induction_ablation", 'ARGS=-p k_values "[1,2]"').stdout
     assert plan.endswith('-m lib.run --study 01_induction_ablation -p k_values "[1,2]"\n')
+    plan = make("--dry-run", "run", "MODEL=gpt2", "ARGS=-p seed 3").stdout
+    assert plan.endswith("-m lib.run --model gpt2 -p seed 3\n")
 
 
 def test_install_that_failed_is_tried_again(tmp_path):

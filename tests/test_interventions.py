@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIGS, FAMILIES, VOCABULARY, WORDS, save_tiny
+from tiny import ALL_FAMILIES, CONFIGS, VOCABULARY, WORDS, blocks, output_projection, save_tiny
 
 from lib.interventions import (
     Condition,
@@ -30,7 +30,7 @@ CONDITIONS = (
 N_CLASSES, LENGTH, LAYER = 5, 12, 2
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
 def model(request, tmp_path_factory):
     return load(str(save_tiny(request.param, tmp_path_factory.mktemp(request.param))))
 
@@ -49,12 +49,9 @@ def stimulus(n: int = 3) -> tuple[torch.Tensor, np.ndarray]:
 
 def hooked_logits(module, ids, heads, fill=None):
     """Plain torch: overwrite head slices at the input of the output projection with a forward pre-hook."""
-    blocks = module.model.layers if hasattr(module, "model") else module.transformer.h
     n_heads = module.config.num_attention_heads
     captured, handles = {}, []
-    for index, block in enumerate(blocks):
-        attention = block.self_attn if hasattr(block, "self_attn") else block.attn
-        projection = attention.o_proj if hasattr(attention, "o_proj") else attention.c_proj
+    for index, block in enumerate(blocks(module)):
 
         def overwrite(_, args, index=index):
             z = args[0].clone()
@@ -64,7 +61,7 @@ def hooked_logits(module, ids, heads, fill=None):
                     z[..., head * d_head : (head + 1) * d_head] = 0 if fill is None else fill[layer, head]
             return (z,)
 
-        handles.append(projection.register_forward_pre_hook(overwrite))
+        handles.append(output_projection(block).register_forward_pre_hook(overwrite))
         handles.append(
             block.register_forward_pre_hook(lambda _, args, index=index: captured.update({index: args[0]}))
         )
@@ -97,12 +94,11 @@ def test_mean_head_outputs_equal_hooks(model):
     ids, _ = stimulus()
     means = mean_head_outputs(model, ids, batch_size=2)
     module, sizes = model._module, shape(model)
-    blocks = module.model.layers if hasattr(module, "model") else module.transformer.h
-    for index, block in enumerate(blocks):
-        attention = block.self_attn if hasattr(block, "self_attn") else block.attn
-        projection = attention.o_proj if hasattr(attention, "o_proj") else attention.c_proj
+    for index, block in enumerate(blocks(module)):
         seen = []
-        handle = projection.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        handle = output_projection(block).register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
         with torch.no_grad():
             module(input_ids=ids, use_cache=False)
         handle.remove()
@@ -142,9 +138,7 @@ def test_sweep_equals_one_forward_at_a_time(model, mode):
 def test_layer_that_the_model_lacks_is_named(llama):
     ids, labels = stimulus()
     with pytest.raises(ValueError, match="layer 3: the model has layers 0 to 2"):
-        ablation_sweep(
-            llama, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=3
-        )
+        ablation_sweep(llama, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=3)
 
 
 def test_class_sums_ignore_negative_labels():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import shutil
 import socket
@@ -11,12 +13,25 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, FAMILIES, VOCABULARY, WORDS, save_tiny, tokenizer
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
+from tiny import (
+    ALL_FAMILIES,
+    CONFIGS,
+    VOCABULARY,
+    WORDS,
+    add_to_hub_cache,
+    blocks,
+    output_projection,
+    random_model,
+    save_tiny,
+    tokenizer,
+    use_hub,
+)
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE, Unigram
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lib import models
+from lib import models, registry
+from lib.interventions import ablate_heads
 from lib.models import (
     ModelError,
     bos_id,
@@ -29,6 +44,9 @@ from lib.models import (
     word_ids,
     wrap,
 )
+from lib.parameters import GRID_WORDS
+
+COMMIT, OTHER_COMMIT = "0123456789abcdef" * 2 + "01234567", "fedcba98" * 5
 
 
 @pytest.fixture
@@ -56,7 +74,7 @@ def damage(folder: Path, change) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_family_has_the_same_sites(family, tmp_path):
     model = load(str(save_tiny(family, tmp_path / family)))
     sizes, ids = shape(model), torch.arange(2, 11)[None]
@@ -79,7 +97,7 @@ def test_every_family_has_the_same_sites(family, tmp_path):
     assert not model._module.training and not any(p.requires_grad for p in model._module.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_ov_matrix_is_what_the_head_writes(family, tmp_path):
     """The first token attends to itself alone: a head's output there is W_OV of its input, up to biases."""
     model = load(str(save_tiny(family, tmp_path / family)))
@@ -94,7 +112,7 @@ def test_ov_matrix_is_what_the_head_writes(family, tmp_path):
         keep[..., head * d_head : (head + 1) * d_head] = 1
         model.layers[layer].self_attn.o_proj.input = z * keep
         written = model.layers[layer].self_attn.o_proj.output[0, 0].save()
-    block = (module.model.layers if hasattr(module, "model") else module.transformer.h)[layer]
+    block = blocks(module)[layer]
     norm = block.input_layernorm if hasattr(block, "input_layernorm") else block.ln_1
     seen = []
     handle = norm.register_forward_hook(lambda *args: seen.append(args[2]))
@@ -116,6 +134,165 @@ def test_dtype_is_kept_as_asked(folder):
     assert {p.dtype for p in model._module.parameters()} == {torch.bfloat16}
     with pytest.raises(ModelError, match="dtype 'float8' is not one of bfloat16, float16, float32"):
         load(str(folder), dtype="float8")
+
+
+# What released checkpoints are like: family, dtype, and what of its configuration differs from tiny's.
+LAYOUTS = {
+    "Llama 3.1: grouped queries, untied": ("llama", "bfloat16", {"tie_word_embeddings": False}),
+    "Llama 3.2: grouped queries, tied, head_dim": (
+        "llama",
+        "float16",
+        {"tie_word_embeddings": True, "head_dim": 16},
+    ),
+    "Mistral: sliding window": ("mistral", "float32", {"sliding_window": 5}),
+    "Qwen 2: biases, tied": ("qwen2", "bfloat16", {}),
+    "Qwen 3: head_dim apart from d / H": ("qwen3", "bfloat16", {"tie_word_embeddings": True}),
+    "Gemma: one key-value head, scaled embedding": ("gemma", "bfloat16", {"num_key_value_heads": 1}),
+    "Phi 3: fused projections, sliding window": ("phi3", "float32", {"sliding_window": 5}),
+    "GPT-2: Conv1D, tied": ("gpt2", "float16", {}),
+    "Pythia: fused by head, parallel, untied": ("gpt_neox", "float16", {}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_released_layouts_load_and_are_intervened_on_like_plain_torch(layout, tmp_path):
+    """Shards with an index, a 16-bit dtype, a BPE tokenizer on which the words of the grid are tokens."""
+    family, dtype, changes = LAYOUTS[layout]
+    bpe = bpe_tokenizer(GRID_WORDS, bos_token="<end>", eos_token="<end>")
+    config = copy.deepcopy(CONFIGS[family])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config = type(config)(**config.to_dict() | {"vocab_size": len(bpe) + 3})  # padded, as some are
+    random_model(config).to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size="20KB")
+    bpe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+
+    model = load(str(tmp_path), dtype=dtype)
+    module, sizes = model._module, shape(model)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    tied = module.get_input_embeddings().weight is module.get_output_embeddings().weight
+    assert tied == reference.config.tie_word_embeddings
+    assert {p.dtype for p in module.parameters()} == {getattr(torch, dtype)} and provenance(model)[
+        "dtype"
+    ] == dtype
+
+    ids = with_bos(model, np.array(word_ids(model, GRID_WORDS))[None])  # longer than the sliding window
+    assert model.tokenizer.decode(ids[0, 1:]) == " " + " ".join(GRID_WORDS)
+    layer, head = 1, 3
+
+    def drop(_, args):
+        heads = args[0].clone().unflatten(-1, (sizes.n_heads, -1))
+        heads[:, :, head] = 0
+        return (heads.flatten(-2),)
+
+    with torch.no_grad():
+        intact = reference(input_ids=ids, use_cache=False).logits
+        output_projection(blocks(reference)[layer]).register_forward_pre_hook(drop)
+        expected = reference(input_ids=ids, use_cache=False).logits
+    ablated = torch.arange(sizes.n_heads) == head
+    with torch.no_grad(), model.trace(ids, use_cache=False):
+        ablate_heads(model.layers[layer], ablated)
+        logits = model.lm_head.output.save()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - intact).abs().max() > 1e-2
+    if changes.get("sliding_window"):
+        wide = AutoModelForCausalLM.from_pretrained(tmp_path, sliding_window=None)
+        with torch.no_grad():
+            assert (wide(input_ids=ids, use_cache=False).logits - intact)[:, 8:].abs().max() > 1e-2
+
+
+def test_missing_shard_is_named(tmp_path):
+    random_model(copy.deepcopy(CONFIGS["llama"])).save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer().save_pretrained(tmp_path)
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ModelError, match=f"cannot load {tmp_path}.*{gone.name}"):
+        load(str(tmp_path))
+
+
+def test_embedded_local_and_hub_models_are_the_same_model(organism, tmp_path, monkeypatch):
+    use_hub(monkeypatch, tmp_path / "hub")
+    (tmp_path / "flat").mkdir()
+    for file in organism.glob("*.*"):
+        shutil.copy(file, tmp_path / "flat")
+    add_to_hub_cache(tmp_path / "flat", tmp_path / "hub", "owner/name", COMMIT)
+    ids = torch.tensor([[0, 3, 5, 7, 4]])
+    logits, records = [], []
+    for name in ("organism/tiny", str(tmp_path / "flat"), "owner/name"):
+        model = load(name)
+        with torch.no_grad():
+            logits.append(model._module(input_ids=ids).logits)
+        records.append(provenance(model))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert len({record["weights_sha256"] for record in records}) == 1
+    assert [record["revision"] for record in records] == [None, None, COMMIT]
+
+
+def test_a_registered_model_is_read_at_its_revision(tmp_path, monkeypatch):
+    use_hub(monkeypatch, tmp_path / "hub")
+    gpt2 = registry.find("gpt2")
+    for seed, (commit, branch) in enumerate([(gpt2.revision, "old"), (OTHER_COMMIT, "main")]):
+        folder = save_tiny("gpt2", tmp_path / str(seed), seed=seed)
+        add_to_hub_cache(folder, tmp_path / "hub", gpt2.id, commit, branch=branch)
+    pinned, newest, named = (load(gpt2.id, revision=revision) for revision in (None, "main", OTHER_COMMIT))
+    assert [provenance(model)["revision"] for model in (pinned, newest, named)] == [
+        gpt2.revision, OTHER_COMMIT, OTHER_COMMIT,
+    ]  # fmt: skip
+    assert provenance(pinned)["weights_sha256"] != provenance(newest)["weights_sha256"]
+    assert provenance(newest)["weights_sha256"] == provenance(named)["weights_sha256"]
+
+
+def test_damaged_hub_model_is_not_called_missing(tmp_path, monkeypatch):
+    use_hub(monkeypatch, tmp_path / "hub")
+    snapshot = add_to_hub_cache(save_tiny("llama", tmp_path / "a"), tmp_path / "hub", "owner/name", COMMIT)
+    blob = (snapshot / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot load owner/name: "):
+        load("owner/name")
+
+
+def test_architecture_that_is_code_of_its_own_is_not_called_missing(tmp_path, monkeypatch):
+    use_hub(monkeypatch, tmp_path / "hub")
+    (tmp_path / "qwen").mkdir()
+    config = {"model_type": "qwen", "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}}
+    (tmp_path / "qwen" / "config.json").write_text(json.dumps(config))
+    add_to_hub_cache(tmp_path / "qwen", tmp_path / "hub", "owner/name", COMMIT)
+    with pytest.raises(ModelError, match="cannot load owner/name: .*custom code"):
+        load("owner/name")
+
+
+def test_auto_needs_accelerate(folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(
+        ModelError, match="'auto' spreads .* accelerate, which is not installed; run `pip install"
+    ):
+        load(str(folder), device="auto")
+
+
+def test_auto_places_the_same_model(folder):
+    pytest.importorskip("accelerate", reason="an optional package: pip install accelerate")
+    plain, placed = load(str(folder)), load(str(folder), device="auto")
+    ids = torch.tensor([[0, 3, 5, 7, 4]])
+    found = []
+    for model in (plain, placed):
+        with torch.no_grad(), model.trace(ids.to(model.device), use_cache=False):
+            ablate_heads(model.layers[1], torch.tensor([False, True, False, False]))
+            found.append(model.lm_head.output.float().cpu().save())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert provenance(placed)["device"].startswith("auto (")
+    assert provenance(placed)["weights_sha256"] == provenance(plain)["weights_sha256"]
+
+
+def test_model_larger_than_the_gpus_is_refused():
+    models._check_placement("m", {"": "cpu"})
+    models._check_placement("m", {"model.layers.0": 0, "model.layers.1": 1})
+    with pytest.raises(
+        ModelError, match="m: the GPUs are too small: 2 parts of it would lie on cpu and disk"
+    ):
+        models._check_placement("m", {"model.layers.0": 0, "model.layers.1": "cpu", "lm_head": "disk"})
 
 
 def test_missing_tensor_is_named(folder):
@@ -170,10 +347,26 @@ def test_unknown_names_fail_offline_with_a_remedy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(
-        ModelError, match=r"'nobody/no-such-model' is no embedded model .* no local folder, and could not"
-    ):
+    use_hub(monkeypatch, tmp_path / "hub", "https://hub.invalid")
+    with pytest.raises(ModelError) as raised:
         load("nobody/no-such-model")
+    for part in (
+        "'nobody/no-such-model' is no embedded model (organism/",
+        "config.json, tokenizer.json, model.safetensors are not on this disk",
+        "the hub can not be reached from here",
+        "hf download nobody/no-such-model",
+        "-p model_id /path/to/folder",
+    ):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "a/b/c", "no id at all", "/no/such/folder"])
+def test_what_is_neither_folder_nor_id_is_said_to_be_neither(name, tmp_path, monkeypatch):
+    use_hub(monkeypatch, tmp_path / "hub")
+    with pytest.raises(
+        ModelError, match=f"'{name}' is no hub id .owner/name., and no folder of that name is here"
+    ):
+        load(name)
 
 
 def test_unusable_device_is_named(folder):
@@ -216,7 +409,7 @@ def test_manifest_lists_every_file(organism):
 
 
 def test_configs_cover_the_families_of_the_readme():
-    assert set(CONFIGS) == {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2"}
+    assert set(CONFIGS) == {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox"}
 
 
 def wrapped(tokenizer: PreTrainedTokenizerFast, n_vocabulary: int = VOCABULARY):
@@ -227,15 +420,16 @@ def wrapped(tokenizer: PreTrainedTokenizerFast, n_vocabulary: int = VOCABULARY):
     return wrap(GPT2LMHeadModel(config), tokenizer)
 
 
-def bpe_tokenizer(**options) -> PreTrainedTokenizerFast:
+def bpe_tokenizer(words: tuple[str, ...] = ("apple", "bird"), **options) -> PreTrainedTokenizerFast:
     """Byte-level as GPT-2's and Llama 3's: a word with the space before it is a token of its own."""
     inner = Tokenizer(BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         special_tokens=["<end>"], initial_alphabet=alphabet, min_frequency=2, show_progress=False
     )
-    inner.train_from_iterator(["apple apple apple bird bird", "bird bird bird apple"], trainer)
+    inner.train_from_iterator([" ".join([word] * 3 + list(words)) for word in words], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=inner, **options)
 
 

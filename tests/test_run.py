@@ -6,8 +6,9 @@ import time
 
 import nbformat
 import pytest
+from tiny import add_to_hub_cache, save_tiny, use_hub
 
-from lib import run
+from lib import registry, run
 from lib.record import validate_record
 
 FINISH = """from lib.claims import Claim
@@ -164,6 +165,73 @@ def test_impossible_request_is_refused_before_anything_runs(write_notebook, tmp_
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+TELL = """print(p.model_id, p.dtype, p.layer, "k_values", p.k_values, "seq_len", p.seq_len)
+study.close()"""
+
+
+@pytest.fixture
+def gpt2_on_disk(tmp_path, monkeypatch):
+    gpt2 = registry.find("gpt2")
+    use_hub(monkeypatch, tmp_path / "hub")
+    add_to_hub_cache(save_tiny("gpt2", tmp_path / "tiny"), tmp_path / "hub", gpt2.id, gpt2.revision)
+
+
+@pytest.mark.parametrize("override", [["-p", "seq_len", "300"], ["-y", "{seq_len: 300}"], ["-f", "own.yaml"]])
+def test_model_runs_with_its_parameters_in_a_folder_of_its_own(
+    run_studies, write_notebook, gpt2_on_disk, tmp_path, monkeypatch, override
+):
+    write_notebook(TELL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("seq_len: 300")
+    status, said = run_studies("--model", "gpt2", *override)
+    assert status == 0 and said.startswith("gpt2: on disk\n")
+    log = (tmp_path / "gpt2" / "01_induction_ablation.log").read_text()
+    assert "openai-community/gpt2 float32 10 k_values [1, 2, 4, 8, 16] seq_len 300" in log
+    assert not (tmp_path / "runs").exists()
+
+
+def test_models_figures_do_not_replace_the_repositorys(write_notebook, gpt2_on_disk, tmp_path, monkeypatch):
+    write_notebook(TELL)
+    monkeypatch.delenv("FIGURES_DIR")
+    assert run.main(["--model", "gpt2"], tmp_path / "notebooks", tmp_path / "runs" / "latest") == 0
+    validate_record(tmp_path / "runs" / "gpt2" / "figures" / "01_induction_ablation" / "record.json")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "gtp2"], "no model 'gtp2' in data/models.yaml; did you mean gpt2?"),
+        (["--model", "gpt2", "--study", "03"], "gpt2 is not meant for 03_refusal_low_rank, but for 01_"),
+        (["--model", "gpt2"], "is meant for 01_induction_ablation, 02_neighbor_mixing: none is here"),
+        (["--model", "CODI-gpt2"], "give a JSONL file of problems in the form of GSM8K-Aug; the"),
+        (["--model", "Qwen3-1.7B"], "HF_HUB_OFFLINE is set. To get it:"),
+        (["--model", "Qwen-1.8B-Chat"], "Qwen-1.8B-Chat can not be run as it is: its architecture is code"),
+        (["--model", "gpt2", "--refresh"], "leave the model out"),
+    ],
+)
+def test_model_that_can_not_run_is_refused_before_anything_runs(
+    write_notebook, gpt2_on_disk, tmp_path, capsys, argv, message
+):
+    path = write_notebook(TELL)
+    for study in ("03_refusal_low_rank", "04_codi_attention"):
+        (path.parent / f"{study}.ipynb").write_bytes(path.read_bytes())
+    path.unlink()
+    with pytest.raises(SystemExit) as stop:
+        run.main(argv, tmp_path / "notebooks", tmp_path / "runs")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert {each.name for each in tmp_path.iterdir()} == {"notebooks", "hub", "tiny"}
+
+
+def test_own_weights_need_no_hub(run_studies, write_notebook, tmp_path, monkeypatch):
+    use_hub(monkeypatch, tmp_path / "hub")
+    write_notebook(TELL)
+    own = ["-p", "model_id", "/my/llama", "-p", "seq_len", "500"]
+    status, said = run_studies("--model", "Llama-3.1-8B", *own)
+    assert status == 0 and said.startswith("01_induction_ablation")
+    assert "/my/llama bfloat16 26" in (tmp_path / "Llama-3.1-8B" / "01_induction_ablation.log").read_text()
 
 
 def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebook):

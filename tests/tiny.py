@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import constants
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -49,7 +52,10 @@ CONFIGS = {
         vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_token_id=0, eos_token_id=1
     ),
 }
-FAMILIES = tuple(CONFIGS)
+FAMILIES = tuple(CONFIGS)  # that every study takes
+# GPT-NeoX (Pythia) is for studies 1 and 2: it has no chat models.
+CONFIGS["gpt_neox"] = GPTNeoXConfig(**_COMMON, tie_word_embeddings=False)
+ALL_FAMILIES = tuple(CONFIGS)
 
 
 def save_tiny(
@@ -64,9 +70,45 @@ def save_tiny(
     config = copy.deepcopy(CONFIGS[family])
     if tied is not None:
         config.tie_word_embeddings = tied
-    _random_model(config, seed).save_pretrained(folder)
+    random_model(config, seed).save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
     return folder
+
+
+def add_to_hub_cache(folder: Path, cache: Path, model_id: str, commit: str, *, branch: str = "main") -> Path:
+    """Put a model folder into a hub cache as a download of it would lie there; returns its snapshot."""
+    repository = cache / f"models--{model_id.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    for each in (snapshot, repository / "blobs", repository / "refs"):
+        each.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    (repository / "refs" / branch).write_text(commit)
+    return snapshot
+
+
+def use_hub(monkeypatch, cache: Path, endpoint: str = "") -> None:
+    """Take a folder for the hub's cache and a server for the hub; without one, be offline."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not endpoint)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint or "http://127.0.0.1:9")
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + template)
+
+
+def blocks(module: PreTrainedModel) -> torch.nn.ModuleList:
+    """The blocks of a transformers model, under its own names."""
+    backbone = module.base_model
+    return backbone.h if hasattr(backbone, "h") else backbone.layers
+
+
+def output_projection(block: torch.nn.Module) -> torch.nn.Module:
+    """The output projection of a block's attention, under its own names."""
+    own = dict(block.named_modules())
+    names = ("self_attn.o_proj", "attn.c_proj", "attention.dense")
+    return next(own[name] for name in names if name in own)
 
 
 def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
@@ -173,7 +215,7 @@ CHAT_MODELS = {
 def save_chat(name: str, folder: Path, seed: int = 0) -> Path:
     """A tiny random stand-in for a chat model, with short own templates of the published layout."""
     chat = CHAT_MODELS[name]
-    made, model = _chat_tokenizer(chat), _random_model(copy.deepcopy(chat.config), seed)
+    made, model = _chat_tokenizer(chat), random_model(copy.deepcopy(chat.config), seed)
     model.generation_config.eos_token_id = made.convert_tokens_to_ids(list(chat.ends))
     model.save_pretrained(folder)
     made.save_pretrained(folder)
@@ -203,7 +245,8 @@ def _chat_tokenizer(chat: ChatModel) -> PreTrainedTokenizerFast:
     return made
 
 
-def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model whose weights are large enough that every head matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

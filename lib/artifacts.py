@@ -1,0 +1,477 @@
+"""Arrays that others released, through the measures, figures and claims of the studies; no model is needed.
+
+    arrays = read_arrays("their.npz", names={"class_means": "layer_26_means"})
+    found = findings(arrays, grid_graph(4, 4, GRID_WORDS))
+    ClaimsTable(found.claims)
+
+A file (.npz or .safetensors) holds one or several of these; `names` says what they are called there:
+
+    class_means     [node, d]                        mean activation of each word, or its projection; a
+                                                     word that is absent is a row of NaN
+    activations     [walk, token, d]                 single activations, with
+    nodes           int [walk, token]                the word at each, and where that is not in `nodes`,
+    previous        int [walk, token]                the word just before it; -1 for none
+    spectra         [sequence, layer, head, offset]  attention on each offset, on random tokens repeated once
+    spectrum        [layer, head, offset]            its mean over sequences
+    previous_token  [layer, head]                    scores alone: one token back,
+    induction       [layer, head]                    to the token after the first copy,
+    anti_induction  [layer, head]                    and to the token before it
+    vectors         [layer, d]                       directions of refusal, or of anything else, of each layer
+    harmful, safe   [pair, layer, d]                 activations of paired prompts, whose difference they are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib import geometry, registry, statistics
+from lib.claims import Claim
+from lib.record import Metric
+from lib.walks import Graph, other_nodes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AXES = {
+    "class_means": ("node", "d"),
+    "activations": ("walk", "token", "d"),
+    "nodes": ("walk", "token"),
+    "previous": ("walk", "token"),
+    "spectra": ("sequence", "layer", "head", "offset"),
+    "spectrum": ("layer", "head", "offset"),
+    "previous_token": ("layer", "head"),
+    "induction": ("layer", "head"),
+    "anti_induction": ("layer", "head"),
+    "vectors": ("layer", "d"),
+    "harmful": ("pair", "layer", "d"),
+    "safe": ("pair", "layer", "d"),
+}
+# What belongs together has the same sizes; heads and directions of one file may be of different models.
+_GROUPS = (
+    ("activations", "nodes", "previous", "class_means"),
+    ("spectra", "spectrum", "previous_token", "induction", "anti_induction"),
+    ("vectors", "harmful", "safe"),
+)
+_NEEDS = {"activations": "nodes", "nodes": "activations", "previous": "activations", "harmful": "safe",
+          "safe": "harmful"}  # fmt: skip
+_WORDS = {"nodes", "previous"}
+_ATTENTION = {"spectra", "spectrum", "previous_token", "induction", "anti_induction"}
+_DISPLACED = (24, 40)  # offsets about an induction head's 31 on 32 tokens repeated once
+
+
+class ArtifactError(ValueError):
+    """A file that does not hold what it should; the message names file, array and remedy."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured on arrays: metrics by name and claims, as a study records them."""
+
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+
+
+def read_arrays(path: str | Path, names: Mapping[str, str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a file that the measures know, checked.
+
+    Args:
+        path: .npz (no pickled objects) or .safetensors.
+        names: what an array is called in the file, by its name here; those that are called as here need no
+            entry. Other arrays of the file are left alone.
+
+    Returns:
+        Arrays by their name here, floats as float64 and words as int64.
+
+    Raises:
+        ArtifactError: a file that can not be read, a name that it does not hold, an array of another number
+            of axes, of another type, not finite, or at odds with another one.
+    """
+    path = Path(path).expanduser()
+    found, names = _load(path), dict(names or {})
+    for name, theirs in names.items():
+        if name not in AXES:
+            raise ArtifactError(f"{name!r} is no array that is measured here; there are {', '.join(AXES)}")
+        if theirs not in found:
+            raise ArtifactError(f"{path} holds no array {theirs!r}; it holds {_held(found)}")
+    arrays = {name: found[names.get(name, name)] for name in AXES if names.get(name, name) in found}
+    if not arrays:
+        raise ArtifactError(
+            f"{path} holds {_held(found)}; none is called {', '.join(AXES)}: say which is which by names="
+        )
+    checked = {
+        name: _checked(f"{path}: {names.get(name, name)}", name, array) for name, array in arrays.items()
+    }
+    _check_together(path, checked)
+    return checked
+
+
+def findings(arrays: Mapping[str, np.ndarray], graph: Graph | None = None, **options: int) -> Findings:
+    """All measures and claims that arrays of `read_arrays` admit.
+
+    Args:
+        arrays: see the head of this module.
+        graph: of the words, for class_means or activations; nodes in the order of its words.
+        options: of `graph_findings` (n_resamples, seed), `head_findings` (period, n_resamples) and
+            `direction_findings` (seed).
+
+    Raises:
+        ArtifactError: words without a graph, or at odds with it.
+    """
+    metrics: dict[str, Metric] = {}
+    claims: list[Claim] = []
+    parts = (
+        ({"class_means", "activations"}, graph_findings, ("n_resamples", "seed")),
+        (_ATTENTION - {"anti_induction"}, head_findings, ("period", "n_resamples")),
+        ({"vectors", "harmful"}, direction_findings, ("seed",)),
+    )
+    unknown = set(options) - {name for _, _, takes in parts for name in takes}
+    if unknown:
+        raise TypeError(f"no option {', '.join(sorted(unknown))}")
+    for needs, measure, takes in parts:
+        if needs & set(arrays):
+            own = {name: options[name] for name in takes if name in options}
+            part = measure(arrays, graph, **own) if measure is graph_findings else measure(arrays, **own)
+            metrics |= part.metrics
+            claims += part.claims
+    return Findings(metrics, claims)
+
+
+def graph_findings(
+    arrays: Mapping[str, np.ndarray], graph: Graph | None, *, n_resamples: int = 400, seed: int = 0
+) -> Findings:
+    """Geometry of word means on a graph, as study 1 measures and claims it.
+
+    With activations the intervals are over walks, and the claim that single activations lean to the previous
+    word is tested: means of the even walks, activations of the odd ones.
+
+    Args:
+        n_resamples: of the bootstrap over walks.
+        seed: of shuffled words and of the other nodes that the previous word is held against.
+    """
+    if graph is None:
+        raise ArtifactError(
+            "word means need the graph of their words: pass graph, such as lib.walks.grid_graph"
+        )
+    stream, nodes = arrays.get("activations"), arrays.get("nodes")
+    if stream is not None:
+        for name in _WORDS & set(arrays):
+            if (highest := arrays[name].max()) >= graph.n_nodes:
+                raise ArtifactError(
+                    f"{name}: {highest} is no node of {graph.name}, which has {graph.n_nodes}"
+                )
+        n_walks = len(stream)
+        by_walk = [
+            geometry.ClassSums(graph.n_nodes).add(*walk)
+            for walk in zip(stream[:, None], nodes[:, None], strict=True)
+        ]
+        sums, counts = np.stack([w.sums for w in by_walk]), np.stack([w.counts for w in by_walk])
+        means = geometry.class_means(stream, nodes, graph.n_nodes)
+        n = f"{n_walks} walks"
+    else:
+        means, n = arrays["class_means"], ""
+        if len(means) != graph.n_nodes:
+            raise ArtifactError(
+                f"class_means: {len(means)} words, but {graph.name} has {graph.n_nodes} nodes"
+            )
+    try:
+        plane = geometry.pca(means).projection
+    except ValueError as error:
+        raise ArtifactError(f"class_means: {error}") from None
+    null = geometry.shuffled_label_null(geometry.dirichlet_energy, plane, graph, 1000, seed)
+    threshold = float(np.quantile(null, 0.05))
+
+    def energy(members: np.ndarray) -> float:
+        count = counts[members].sum(0)
+        resampled = sums[members].sum(0) / np.where(count > 0, count, np.nan)[:, None]
+        seen = np.isfinite(resampled).all(1).sum()
+        return geometry.plane_energy(resampled, graph) if seen > 2 else np.nan
+
+    value, interval = geometry.plane_energy(means, graph), None
+    if n:
+        value, *ends = map(float, statistics.bootstrap(energy, n_walks, n_resamples=n_resamples))
+        interval = tuple(ends)
+    metrics = {
+        "energy": Metric(value=value, interval=interval, n=n or None),
+        "energy, 5% of shuffled words": Metric(value=threshold),
+        "energy, full space": Metric(value=geometry.dirichlet_energy(means, graph)),
+        "Procrustes distance": Metric(value=geometry.procrustes_distance(plane, graph)),
+        "separation": Metric(value=geometry.neighbour_separation(plane, graph)),
+        "words without a mean": Metric(value=len(geometry.absent_nodes(means))),
+    }
+    excess = None if interval is None else tuple(end - threshold for end in interval)
+    claims = [
+        Claim.test(
+            "geometry", "The word means lie like the graph (energy minus 5% of shuffled words)",
+            source="Arditi-26", measured=value - threshold, interval=excess, below=0.0, n=n,
+            published=f"E = {registry.published('arditi-26/dirichlet_energy/baseline')}",
+        )
+    ]  # fmt: skip
+    if stream is not None:
+        claims.append(_bigram(arrays, graph, seed))
+    return Findings(metrics, claims)
+
+
+def head_findings(arrays: Mapping[str, np.ndarray], *, period: int = 32, n_resamples: int = 400) -> Findings:
+    """Head types, as study 1 measures and claims them; with spectra the intervals are over sequences.
+
+    Args:
+        period: of the random tokens (tokens): an induction head attends period - 1 back.
+        n_resamples: of the bootstrap over sequences.
+    """
+    from lib import attention  # nnsight behind it: only where it is needed
+
+    spectra = arrays.get("spectra")
+    spectrum = arrays.get("spectrum") if spectra is None else spectra.mean(0)
+    if spectrum is not None and spectrum.shape[-1] <= period + 1:
+        raise ArtifactError(
+            f"spectrum: {spectrum.shape[-1]} offsets do not hold {period + 1}; pass the repetition's period"
+        )
+    n = "" if spectra is None else f"{len(spectra)} sequences"
+
+    def top_at(offset: int):
+        return lambda of: of[..., offset].max()
+
+    low, high = max(1, _DISPLACED[0] - 32 + period), _DISPLACED[1] - 32 + period
+
+    def displaced(of: np.ndarray) -> int:
+        beyond = of[..., 1:]
+        offsets = beyond.argmax(-1)[beyond.max(-1) >= 0.3] + 1
+        return int(((offsets >= low) & (offsets <= high) & (offsets != period - 1)).sum())
+
+    def estimate(statistic) -> tuple[float, tuple[float, float] | None]:
+        if spectra is None:
+            return float(statistic(spectrum)), None
+        value, low, high = statistics.bootstrap(
+            lambda rows: statistic(spectra[rows].mean(0)), len(spectra), n_resamples=n_resamples
+        )
+        return float(value), (float(low), float(high))
+
+    metrics, claims = {}, []
+    known = registry.published
+    llama = {
+        kind: max(known(f"arditi-26/top_{kind}_heads").values()) for kind in ("previous_token", "induction")
+    }
+    tests = {
+        "previous_token": ("previous-token-head", "The top previous-token score is at least .5", 1,
+                           dict(source="Olsson-22", above=0.5, published=llama["previous_token"])),
+        "induction": ("induction-head", "The top induction score is at least .5", period - 1,
+                      dict(source="Olsson-22", above=0.5, published=llama["induction"])),
+        "anti_induction": ("anti-induction",
+                           "No head attends to the token before the first copy (score below .1)", period + 1,
+                           dict(source="Bi-Induct-26", below=0.1, published="near 0")),
+    }  # fmt: skip
+    for kind, (id, statement, offset, rule) in tests.items():
+        if spectrum is None and kind not in arrays:
+            known_rule = {key: rule[key] for key in ("source", "published")}
+            claims.append(Claim.not_tested(id, statement, reason=f"no {kind} scores", **known_rule))
+            continue
+        scores = arrays[kind] if spectrum is None else spectrum[..., offset]
+        value, interval = (float(scores.max()), None) if spectrum is None else estimate(top_at(offset))
+        layer, head = attention.top_heads(scores, 1)[0]
+        metrics[f"top {kind.replace('_', '-')} score, head {layer}.{head}"] = Metric(
+            value=value, interval=interval, n=n or None
+        )
+        claims.append(Claim.test(id, statement, measured=value, interval=interval, n=n, **rule))
+    statement = f"No head peaks at a displaced induction offset ({low} to {high}, not {period - 1})"
+    if spectrum is None:
+        reason = "scores on single diagonals do not show it: the spectrum of offsets would"
+        claims.append(Claim.not_tested("not-displaced", statement, source="here", reason=reason))
+    else:
+        value, interval = estimate(displaced)
+        claims.append(Claim.test("not-displaced", statement, source="here", measured=value, interval=interval,
+                                 below=0.5, unit="heads", n=n))  # fmt: skip
+    return Findings(metrics, claims)
+
+
+def direction_findings(arrays: Mapping[str, np.ndarray], *, seed: int = 0) -> Findings:
+    """How alike the layers' directions are in the later half, as study 3 measures it, against its nulls.
+
+    Args:
+        seed: of the 100 draws of each null. Shuffled labels need the paired activations.
+    """
+    import torch
+
+    from lib import refusal  # nnsight behind it: only where it is needed
+
+    paired = "harmful" in arrays
+    if paired:
+        harmful, safe = (torch.from_numpy(arrays[name]).float() for name in ("harmful", "safe"))
+        vectors = refusal.refusal_vectors(harmful, safe)
+    else:
+        vectors = torch.from_numpy(arrays["vectors"]).float()
+        harmful, safe = vectors[None], torch.zeros_like(vectors[None])
+    later = [*range(len(vectors) // 2, len(vectors))]
+    if len(later) < 2:
+        raise ArtifactError(f"vectors: {len(vectors)} layers have no later half to compare; give all layers")
+    lengths = vectors.norm(dim=-1)
+    if empty := [layer for layer in later if lengths[layer] < 1e-8]:
+        raise ArtifactError(f"vectors: the direction of layer {empty[0]} is zero; leave that layer out")
+    found = refusal.direction_geometry(vectors[later])
+    nulls = refusal.geometry_nulls(harmful, safe, later, n=100, seed=seed)
+    metrics = {
+        "cosine of the later layers": Metric(value=found.cosine),
+        "participation ratio": Metric(value=found.participation_ratio),
+        "effective rank": Metric(value=found.effective_rank),
+    }
+    for kind, draws in nulls.items():
+        if paired or kind != "shuffled labels":
+            ratios = [draw.participation_ratio for draw in draws]
+            ends = tuple(map(float, np.quantile(ratios, [0.025, 0.975])))
+            metrics[f"participation ratio, {kind}"] = Metric(
+                value=float(np.mean(ratios)), interval=ends, n="100 draws"
+            )
+    low = float(np.quantile([draw.participation_ratio for draw in nulls["random walk"]], 0.05))
+    published = registry.published("arditi-24/random_walk_participation_ratio")
+    claim = Claim.test(
+        "directions-agree",
+        "The later layers' directions agree more than a random walk's (participation ratio minus its 5%)",
+        source="here", measured=found.participation_ratio - low, below=0.0,
+        published=f"random walks {published[0]} to {published[1]}",
+    )  # fmt: skip
+    return Findings(metrics, [claim])
+
+
+def draw(arrays: Mapping[str, np.ndarray], graph: Graph | None = None, *, period: int = 32) -> Figure:
+    """The studies' figures of whatever arrays there are, a panel each: word means in their plane,
+    previous-token and induction scores of every head, cosines between the directions of layers."""
+    import matplotlib.pyplot as plt
+
+    from lib import plots
+
+    panels: list[tuple[str, Any, dict]] = []
+    means = arrays.get("class_means")
+    if "activations" in arrays and graph is not None:
+        means = geometry.class_means(arrays["activations"], arrays["nodes"], graph.n_nodes)
+    if means is not None and graph is not None:
+        title = f"word means: E = {geometry.plane_energy(means, graph):.2f}"
+        panels.append((title, plots.draw_graph, dict(positions=geometry.pca(means).projection, graph=graph)))
+    spectrum = arrays["spectra"].mean(0) if "spectra" in arrays else arrays.get("spectrum")
+    for kind, offset in (("previous_token", 1), ("induction", period - 1)):
+        scores = arrays.get(kind) if spectrum is None else spectrum[..., offset]
+        if scores is not None:
+            panels.append((f"{kind.replace('_', '-')} score", plots.draw_head_scores, dict(scores=scores)))
+    vectors = arrays.get("vectors")
+    if "harmful" in arrays:
+        vectors = arrays["harmful"].mean(0) - arrays["safe"].mean(0)
+    if vectors is not None:
+        lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        units = (vectors / np.where(lengths > 1e-8, lengths, np.nan))[lengths[:, 0] > 1e-8]
+        panels.append(("cosine between layers", plots.draw_matrix, dict(matrix=units @ units.T, limit=1.0)))
+    if not panels:
+        raise ArtifactError("nothing here can be drawn: word means need a graph")
+    fig, axes = plt.subplots(1, len(panels), figsize=(plots.PAGE, 3.0), squeeze=False)
+    for ax, (title, draw_panel, what) in zip(axes[0], panels, strict=True):
+        draw_panel(ax, **what)
+        ax.set_title(title)
+    return fig
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: there is no such file")
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ArtifactError(
+            f"{path}: files of arrays are .npz or .safetensors, not {path.suffix or 'without suffix'}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # numpy's reader has no bfloat16
+
+            tensors = load_file(path)
+            return {
+                name: (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+                for name, tensor in tensors.items()
+            }
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # whatever a damaged file makes zipfile, numpy and safetensors raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{path} can not be read as arrays ({first}); fetch it again") from None
+
+
+def _checked(where: str, name: str, array: np.ndarray) -> np.ndarray:
+    """An array of the right kind, type and range, as float64 or int64."""
+    axes = f"[{', '.join(AXES[name])}]"
+    if array.ndim != len(AXES[name]) or 0 in array.shape:
+        raise ArtifactError(f"{where} is {list(array.shape)}, and {name} is {axes}")
+    if array.dtype.kind not in "iuf":
+        raise ArtifactError(f"{where} is of type {array.dtype}; numbers are needed")
+    if name in _WORDS:
+        if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+            raise ArtifactError(f"{where} holds no whole numbers; {name} are numbers of words")
+        least = -1 if name == "previous" else 0
+        if array.min() < least:
+            raise ArtifactError(f"{where} holds {array.min()}; {name} are numbers of words, from {least} on")
+        return array.astype(np.int64)
+    array = array.astype(np.float64)
+    finite = np.isfinite(array)
+    if name == "class_means":  # an absent word is NaN throughout
+        finite |= np.isnan(array).all(axis=1, keepdims=True)
+    if not finite.all():
+        place = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise ArtifactError(
+            f"{where} is {array[place]} at {list(place)}; leave it out or fetch the file again"
+        )
+    if name in _ATTENTION and not (array.min() > -1e-6 and array.max() < 1 + 1e-3):
+        raise ArtifactError(
+            f"{where} goes from {array.min():.3g} to {array.max():.3g}; attention is between 0 and 1"
+        )
+    return array
+
+
+def _check_together(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, other in _NEEDS.items():
+        if name in arrays and other not in arrays:
+            raise ArtifactError(
+                f"{path}: {name} are of no use without {other}; add the array, or name it by names="
+            )
+    for group in _GROUPS:
+        sizes: dict[str, tuple[int, str]] = {}
+        for name in [name for name in group if name in arrays]:
+            for axis, size in zip(AXES[name], arrays[name].shape, strict=True):
+                expected, first = sizes.setdefault(axis, (size, name))
+                if size != expected:
+                    raise ArtifactError(
+                        f"{path}: {name} has {size} along its axis {axis!r}, {first} has {expected}; they "
+                        "must be of one run"
+                    )
+
+
+def _held(found: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(found.items())) or "nothing"
+
+
+def _bigram(arrays: Mapping[str, np.ndarray], graph: Graph, seed: int) -> Claim:
+    """The claim that activations lean to the previous word, of study 1."""
+    stream, now = arrays["activations"], arrays["nodes"]
+    before = arrays.get("previous")
+    if before is None:
+        before = np.pad(now[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    statement = "Activations lie towards the previous word, beyond another neighbour"
+    if len(stream) < 4:
+        reason = f"{len(stream)} walks do not give means of half of them and activations of the others"
+        return Claim.not_tested("bigram", statement, source="Arditi-26", reason=reason)
+    means = geometry.class_means(stream[::2], now[::2], graph.n_nodes)
+    odd, now, before = stream[1::2], now[1::2], before[1::2]
+    another = other_nodes(now, before, graph, neighbours=True, seed=seed)
+    another = np.where(before >= 0, another, -1)
+    between = (geometry.in_betweenness(odd, now, target, means) for target in (before, another))
+    per_walk = [
+        np.array([walk[seen].mean() if (seen := np.isfinite(walk)).any() else np.nan for walk in each])
+        for each in between
+    ]
+    lean = per_walk[0] - per_walk[1]
+    if not np.isfinite(lean).all():
+        reason = "a walk holds no word with both a previous one and another neighbour that have means"
+        return Claim.not_tested("bigram", statement, source="Arditi-26", reason=reason)
+    mean = statistics.bootstrap_mean(lean)
+    return Claim.test("bigram", statement, source="Arditi-26", measured=mean.value, interval=mean.interval,
+                      above=0.0, n=f"{len(odd)} odd walks")  # fmt: skip

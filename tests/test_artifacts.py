@@ -1,0 +1,279 @@
+"""Released arrays give the numbers that the studies give; files that hold something else are named."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import save_file
+from tiny import save_tiny
+
+from lib import ROOT, attention, geometry, interventions, models, refusal, statistics
+from lib.artifacts import ArtifactError, draw, findings, read_arrays
+from lib.claims import ClaimsTable
+from lib.parameters import GRID_WORDS
+from lib.record import validate_record
+from lib.walks import grid_graph, random_walks
+
+GRID = grid_graph(4, 4, GRID_WORDS)
+N = GRID.n_nodes
+
+
+def activations(n_walks: int = 6, length: int = 120, d: int = 24, lean: float = 0.6):
+    """Every activation is its word plus a share of the one before it, and noise."""
+    rng = np.random.default_rng(2)
+    nodes = random_walks(GRID, n_walks, length, seed=1)
+    vectors = rng.standard_normal((N, d))
+    stream = vectors[nodes] + 0.3 * rng.standard_normal((*nodes.shape, d))
+    stream[:, 1:] += lean * vectors[nodes[:, :-1]]
+    return stream.astype(np.float32), nodes
+
+
+def by_id(found) -> dict:
+    return {claim.id: claim for claim in found.claims}
+
+
+# -- the same numbers as the studies ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_activations_give_what_study_1_computes(tmp_path, suffix):
+    stream, nodes = activations()
+    path = tmp_path / f"theirs.{suffix}"
+    save = np.savez if suffix == "npz" else lambda path, **arrays: save_numpy(arrays, path)
+    save(path, resid=stream, words=nodes, more=np.zeros(3))
+    arrays = read_arrays(path, {"activations": "resid", "nodes": "words"})
+    assert set(arrays) == {"activations", "nodes"}
+    found = findings(arrays, GRID, n_resamples=60)
+
+    # As notebook 01 does it, with the sweep's sums of each walk.
+    sums = interventions.class_sums(torch.from_numpy(stream), torch.from_numpy(nodes), N).numpy()
+    counts = (nodes[..., None] == np.arange(N)).sum(1)
+    sweep = interventions.Sweep((), np.empty(0), sums[None], counts, 1.0)
+
+    def energies(members):
+        return geometry.plane_energy(sweep.class_means(members)[0], GRID)
+
+    energy = statistics.Estimate(*map(float, statistics.bootstrap(energies, len(nodes), n_resamples=60)))
+    plane = geometry.pca(sweep.class_means()[0]).projection
+    null = geometry.shuffled_label_null(geometry.dirichlet_energy, plane, GRID, 1000, 0)
+    metric = found.metrics["energy"]
+    assert [metric.value, *metric.interval] == pytest.approx(list(energy), rel=1e-5)
+    claim = by_id(found)["geometry"]
+    assert claim.measured == pytest.approx(energy.value - np.quantile(null, 0.05), rel=1e-4)
+    assert claim.n == "6 walks" and claim.published == "E = 0.655" and claim.verdict == "holds"
+
+    odd, now, before = stream[1::2, 1:], nodes[1::2, 1:], nodes[1::2, :-1]
+    even = geometry.class_means(stream[::2], nodes[::2], N)
+    toward = geometry.in_betweenness(odd, now, before, even).mean(1)
+    assert by_id(found)["bigram"].verdict == "holds"
+    # Another neighbour lies at about 0 from here; the previous word's share is the planted .6 of the way.
+    assert 0.2 < by_id(found)["bigram"].measured < toward.mean() + 0.2
+    without = findings(
+        {"activations": activations(lean=0.0)[0].astype(float), "nodes": nodes}, GRID, n_resamples=20
+    )
+    assert by_id(without)["bigram"].verdict != "holds" and by_id(without)["geometry"].verdict != "holds"
+
+
+def test_previous_words_may_come_with_the_activations():
+    stream, nodes = activations()
+    whole = findings({"activations": stream[:, 1:], "nodes": nodes[:, 1:], "previous": nodes[:, :-1]}, GRID)
+    shifted = findings({"activations": stream[:, 1:], "nodes": nodes[:, 1:]}, GRID)
+    assert by_id(whole)["bigram"].measured == pytest.approx(by_id(shifted)["bigram"].measured, abs=0.05)
+    few = findings({"activations": stream[:3], "nodes": nodes[:3]}, GRID, n_resamples=20)
+    assert "3 walks do not give" in by_id(few)["bigram"].reason
+
+
+def test_figures_of_the_repository_give_the_record_beside_them():
+    folder = ROOT / "figures" / "01_induction_ablation"
+    record = validate_record(folder / "record.json")
+    claims = {claim.id: claim for claim in record.claims}
+    if record.parameters["graph"] != "grid" or len(record.parameters["words"]) != N:
+        pytest.skip("the stored run is of another graph")
+    planes = read_arrays(folder / "planes.npz", {"class_means": "intact"})
+    found = findings(planes, grid_graph(4, 4, record.parameters["words"]), seed=record.parameters["seed"])
+    assert found.metrics["energy"].value == pytest.approx(record.metrics["energy, intact"].value, rel=1e-6)
+    assert by_id(found)["geometry"].measured == pytest.approx(claims["geometry"].measured, rel=1e-6)
+    heads = findings(read_arrays(folder / "head_scores.npz"))
+    for id in ("previous-token-head", "induction-head", "anti-induction", "not-displaced"):
+        ours = by_id(heads)[id]
+        assert ours.measured == pytest.approx(claims[id].measured, rel=1e-6), id
+        assert (ours.statement, ours.source, ours.rule, ours.published) == (
+            claims[id].statement, claims[id].source, claims[id].rule, claims[id].published,
+        )  # fmt: skip
+
+
+def test_spectra_give_what_the_model_that_made_them_gives(tmp_path):
+    model = models.load(str(save_tiny("llama", tmp_path / "tiny")))
+    scores = attention.head_scores(model, range(2, 30), n_sequences=6, period=8)
+    np.savez(tmp_path / "heads.npz", spectra=scores.spectra)
+    found = findings(read_arrays(tmp_path / "heads.npz"), period=8, n_resamples=50)
+    value, low, high = statistics.bootstrap(
+        lambda rows: scores.spectra[rows].astype(float).mean(0)[..., 7].max(), 6, n_resamples=50
+    )
+    claim = by_id(found)["induction-head"]
+    assert claim.measured == pytest.approx(scores.induction.max()) == pytest.approx(float(value))
+    assert claim.interval == pytest.approx((float(low), float(high))) and claim.n == "6 sequences"
+    layer, head = attention.top_heads(scores.previous_token, 1)[0]
+    assert f"top previous-token score, head {layer}.{head}" in found.metrics
+    assert "(1 to 16, not 7)" in by_id(found)["not-displaced"].statement
+
+
+def test_scores_alone_test_what_they_can():
+    scores = np.zeros((3, 4))
+    scores[1, 2] = 0.9
+    found = by_id(findings({"induction": scores}))
+    assert found["induction-head"].verdict == "holds" and found["induction-head"].interval is None
+    for id in ("previous-token-head", "anti-induction", "not-displaced"):
+        assert found[id].verdict == "not tested" and found[id].reason
+    assert found["previous-token-head"].published == 0.702
+
+
+def test_directions_give_what_study_3_computes(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 1, 16, generator=rng)
+    safe = torch.randn(20, 6, 16, generator=rng)
+    harmful = safe + common + 0.2 * torch.randn(20, 6, 16, generator=rng)
+    save_file({"harmful": harmful.bfloat16(), "safe": safe.bfloat16()}, tmp_path / "pairs.safetensors")
+    arrays = read_arrays(tmp_path / "pairs.safetensors")
+    found = findings(arrays)
+    vectors = refusal.refusal_vectors(harmful.bfloat16().float(), safe.bfloat16().float())
+    expected = refusal.direction_geometry(vectors[3:])
+    assert found.metrics["participation ratio"].value == pytest.approx(expected.participation_ratio, rel=1e-5)
+    assert found.metrics["cosine of the later layers"].value == pytest.approx(expected.cosine, rel=1e-5)
+    assert "participation ratio, shuffled labels" in found.metrics
+
+    alone = findings({"vectors": vectors.double().numpy()})
+    assert alone.metrics["effective rank"].value == pytest.approx(expected.effective_rank, rel=1e-5)
+    assert "participation ratio, shuffled labels" not in alone.metrics  # it needs the pairs
+    assert by_id(alone)["directions-agree"].verdict == "holds"
+    steps = np.random.default_rng(5).standard_normal((6, 16)).cumsum(0)
+    assert by_id(findings({"vectors": steps}))["directions-agree"].verdict == "fails"
+
+
+def test_everything_of_one_file_is_claimed_and_drawn(tmp_path):
+    stream, nodes = activations()
+    spectra = np.random.default_rng(0).random((4, 2, 3, 64)) / 64
+    vectors = np.random.default_rng(1).standard_normal((5, 7))
+    np.savez(tmp_path / "all.npz", activations=stream, nodes=nodes, spectra=spectra, vectors=vectors)
+    arrays = read_arrays(tmp_path / "all.npz")
+    found = findings(arrays, GRID, n_resamples=20, seed=3)
+    assert {claim.id for claim in found.claims} == {
+        "geometry", "bigram", "previous-token-head", "induction-head", "anti-induction", "not-displaced",
+        "directions-agree",
+    }  # fmt: skip
+    json.dumps({name: metric.model_dump() for name, metric in found.metrics.items()})
+    assert "The word means lie like the graph" in ClaimsTable(found.claims)._repr_html_()
+    fig = draw(arrays, GRID)
+    titles = [ax.get_title() for ax in fig.axes]
+    assert titles[1:] == ["previous-token score", "induction score", "cosine between layers"]
+    assert titles[0] == f"word means: E = {found.metrics['energy'].value:.2f}"
+    with pytest.raises(TypeError, match="no option n_bootstrap"):
+        findings(arrays, GRID, n_bootstrap=3)
+
+
+def test_absent_words_are_left_out_and_counted(tmp_path):
+    means = np.random.default_rng(0).standard_normal((N, 5))
+    means[[2, 7]] = np.nan
+    np.savez(tmp_path / "means.npz", class_means=means)
+    found = findings(read_arrays(tmp_path / "means.npz"), GRID)
+    assert found.metrics["words without a mean"].value == 2
+    assert found.metrics["energy"].value == geometry.plane_energy(means, GRID)
+    assert found.metrics["energy"].interval is None
+
+
+# -- files that do not hold what they should ---------------------------------------------------------
+
+MEANS = np.random.default_rng(0).standard_normal((N, 5))
+STREAM, NODES = np.zeros((2, 3, 4)), np.zeros((2, 3), int)
+
+
+def poisoned(array: np.ndarray, value: float) -> np.ndarray:
+    array = array.copy()
+    array[(1,) * array.ndim] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("arrays", "names", "message"),
+    [
+        (
+            {"x": MEANS},
+            {},
+            r"holds x \[16, 5\]; none is called class_means, .*: say which is which by names=",
+        ),
+        ({"x": MEANS}, {"class_means": "y"}, r"holds no array 'y'; it holds x \[16, 5\]"),
+        ({"x": MEANS}, {"means": "x"}, "'means' is no array that is measured here; there are class_means"),
+        ({"x": MEANS[None]}, {"class_means": "x"}, r": x is \[1, 16, 5\], and class_means is \[node, d\]"),
+        ({"class_means": MEANS[:0]}, {}, r"class_means is \[0, 5\]"),
+        ({"class_means": MEANS.astype(complex)}, {}, "class_means is of type complex128; numbers are needed"),
+        ({"class_means": np.array([["a", "b"]])}, {}, "class_means is of type <U1; numbers are needed"),
+        ({"class_means": poisoned(MEANS, np.nan)}, {}, r"class_means is nan at \[1, 1\]; leave it out"),
+        ({"class_means": poisoned(MEANS, np.inf)}, {}, r"class_means is inf at \[1, 1\]"),
+        ({"vectors": poisoned(MEANS, np.nan)}, {}, r"vectors is nan at \[1, 1\]"),
+        ({"activations": STREAM}, {}, "activations are of no use without nodes; add the array, or name it"),
+        ({"harmful": STREAM}, {}, "harmful are of no use without safe"),
+        (
+            {"activations": STREAM, "nodes": NODES[:, :2]},
+            {},
+            "nodes has 2 along its axis 'token', activations has 3",
+        ),
+        ({"activations": STREAM, "nodes": NODES + 0.5}, {}, "nodes holds no whole numbers"),
+        (
+            {"activations": STREAM, "nodes": NODES - 1},
+            {},
+            "nodes holds -1; nodes are numbers of words, from 0 on",
+        ),
+        ({"induction": MEANS}, {}, "induction goes from -.* to .*; attention is between 0 and 1"),
+    ],
+)
+def test_wrong_arrays_are_named(tmp_path, arrays, names, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ArtifactError, match=message):
+        read_arrays(tmp_path / "a.npz", names)
+
+
+def test_files_that_are_none_are_named(tmp_path):
+    with pytest.raises(ArtifactError, match=r"a\.npz: there is no such file"):
+        read_arrays(tmp_path / "a.npz")
+    (tmp_path / "a.pt").write_bytes(b"pickle")
+    with pytest.raises(ArtifactError, match=r"a\.pt: files of arrays are \.npz or \.safetensors, not \.pt"):
+        read_arrays(tmp_path / "a.pt")
+    np.savez(tmp_path / "pickled.npz", class_means=np.array([{"code": "runs"}], dtype=object))
+    with pytest.raises(ArtifactError, match=r"pickled\.npz can not be read as arrays \(Object arrays cannot"):
+        read_arrays(tmp_path / "pickled.npz")
+    for name in ("b.npz", "b.safetensors"):
+        save = {"b.npz": lambda path: np.savez(path, class_means=MEANS)}.get(
+            name, lambda path: save_numpy({"class_means": MEANS}, path)
+        )
+        save(tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-40])
+        with pytest.raises(ArtifactError, match=f"{name} can not be read as arrays .*; fetch it again"):
+            read_arrays(tmp_path / name)
+
+
+def test_arrays_at_odds_with_the_question_are_named():
+    with pytest.raises(ArtifactError, match="word means need the graph of their words: pass graph"):
+        findings({"class_means": MEANS})
+    with pytest.raises(ArtifactError, match="class_means: 5 words, but .* has 16 nodes"):
+        findings({"class_means": MEANS[:5]}, GRID)
+    with pytest.raises(ArtifactError, match="nodes: 16 is no node of .*, which has 16"):
+        findings({"activations": STREAM, "nodes": NODES + 16}, GRID)
+    with pytest.raises(
+        ArtifactError, match="spectrum: 20 offsets do not hold 33; pass the repetition's period"
+    ):
+        findings({"spectrum": np.zeros((2, 2, 20))})
+    with pytest.raises(ArtifactError, match="vectors: 1 layers have no later half"):
+        findings({"vectors": MEANS[:1]})
+    with pytest.raises(
+        ArtifactError, match="vectors: the direction of layer 3 is zero; leave that layer out"
+    ):
+        findings({"vectors": np.vstack([MEANS[:3], np.zeros((1, 5))])})
+    with pytest.raises(ArtifactError, match="class_means: all class means coincide"):
+        findings({"class_means": np.ones((N, 3))}, GRID)
+    with pytest.raises(ArtifactError, match="nothing here can be drawn: word means need a graph"):
+        draw({"class_means": MEANS})
