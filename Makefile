@@ -22,7 +22,7 @@ ARGS ?=
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
-	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	$(BIN)/python -m lib.run$(if $(STUDY), --study $(STUDY))$(if $(MODEL), --model $(MODEL)) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python tests/browser.py
