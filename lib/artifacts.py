@@ -364,7 +364,7 @@ def draw(arrays: Mapping[str, np.ndarray], graph: Graph | None = None, *, period
         panels.append(("cosine between layers", plots.draw_matrix, dict(matrix=units @ units.T, limit=1.0)))
     if not panels:
         raise ArtifactError("nothing here can be drawn: word means need a graph")
-    fig, axes = plt.subplots(1, len(panels), figsize=(plots.PAGE, 3.0), squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(plots.PAGE, 2.8), squeeze=False, layout="constrained")
     for ax, (title, draw_panel, what) in zip(axes[0], panels, strict=True):
         draw_panel(ax, **what)
         ax.set_title(title)
