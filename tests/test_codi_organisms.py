@@ -293,6 +293,8 @@ def test_log_knows_what_thoughts_decode_to(model):
     row = codi.Evaluation(True, rows=4)(model)
     assert {"teacher_3", "student_1", "number_0", f"result_{N_THOUGHTS}"} <= set(row)
     assert all(0 <= value <= 1 for key, value in row.items() if key != "distance")
+    without = codi.Evaluation(True, n_thoughts=0, rows=4)(model)
+    assert "student_3" in without and not [key for key in without if key.startswith("number")]
 
 
 def test_recipes_share_their_first_stages():

@@ -242,10 +242,10 @@ class Stage:
 
 
 class Evaluation:
-    """Accuracy on held-out problems for the log, and what the thoughts decode to."""
+    """Accuracy on held-out problems for the log, and what the thoughts decode to if there are any."""
 
-    def __init__(self, operators: bool, rows: int = 64):
-        self.operators = operators
+    def __init__(self, operators: bool, n_thoughts: int = N_THOUGHTS, rows: int = 64):
+        self.operators, self.n_thoughts = operators, n_thoughts
         rng = np.random.default_rng(2026)
         self.problems = {
             (n_steps, length): word_problems.sample(rng, [n_steps] * rows, length, test=True)
@@ -259,21 +259,22 @@ class Evaluation:
         for (n_steps, _), problems in self.problems.items():
             last, cache = ask(model, problems)
             teacher = teach(model, last, cache, problems, self.operators)
-            student, zs = answer(model, cache, problems)
+            student, zs = answer(model, cache, problems, self.n_thoughts)
             row.setdefault(f"teacher_{n_steps}", []).append(teacher.right.all(1).float().mean().item())
             row.setdefault(f"student_{n_steps}", []).append(student.right[:, -2].float().mean().item())
-            if n_steps == 3:
-                row.setdefault("distance", []).append(distillation(student.states, teacher.states).item())
-                decoded = model.gpt2.lm_head(zs).argmax(-1)
-                for j in range(N_THOUGHTS + 1):
-                    words = [VOCABULARY[i] for i in decoded[:, j].tolist()]
-                    number = [word.isdecimal() for word in words]
-                    result = [
-                        word in {str(equation[-1]) for equation in problem.equations[:-1]}
-                        for word, problem in zip(words, problems, strict=True)
-                    ]
-                    row.setdefault(f"number_{j}", []).append(float(np.mean(number)))
-                    row.setdefault(f"result_{j}", []).append(float(np.mean(result)))
+            if n_steps < 3 or not self.n_thoughts:
+                continue
+            row.setdefault("distance", []).append(distillation(student.states, teacher.states).item())
+            decoded = model.gpt2.lm_head(zs).argmax(-1)
+            for j in range(self.n_thoughts + 1):
+                words = [VOCABULARY[i] for i in decoded[:, j].tolist()]
+                number = [word.isdecimal() for word in words]
+                result = [
+                    word in {str(equation[-1]) for equation in problem.equations[:-1]}
+                    for word, problem in zip(words, problems, strict=True)
+                ]
+                row.setdefault(f"number_{j}", []).append(float(np.mean(number)))
+                row.setdefault(f"result_{j}", []).append(float(np.mean(result)))
         return {key: float(np.mean(values)) for key, values in row.items()}
 
 
@@ -285,7 +286,7 @@ def train_stage(model: Codi, stage: Stage, seed: int, folder: Path) -> None:
         lambda model, step: stage.loss(model, stage.batch(seed, step)),
         stage.schedule,
         run,
-        Evaluation(stage.operators),
+        Evaluation(stage.operators, 0 if stage.objective == "answer" else N_THOUGHTS),
     )
 
 
@@ -369,16 +370,19 @@ def trained(name: str, seed: int, scratch: Path) -> Codi:
 
     Raises:
         FileNotFoundError: it has not been trained yet.
+        ValueError: it is not trained to the end, or a stage was trained by another recipe.
     """
-    stage = RECIPES[name].stages[-1]
-    path = scratch / f"codi-{seed}" / stage.name / "state.pt"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; run `python -m lib.organisms {name} --seed {seed}` first"
-        )
-    state = torch.load(path, weights_only=True)
-    if state["step"] < stage.steps:
-        raise ValueError(f"{path} is of step {state['step']} of {stage.steps}; train it to the end first")
+    for stage in RECIPES[name].stages:
+        path = scratch / f"codi-{seed}" / stage.name / "state.pt"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing; run `python -m lib.organisms {name} --seed {seed}` first"
+            )
+        state = torch.load(path, weights_only=True)
+        if state["recipe"] != f"{stage.schedule}\n{stage!r}":
+            raise ValueError(f"{path} was trained by another recipe; remove {path.parent} and train again")
+        if state["step"] < stage.steps:
+            raise ValueError(f"{path} is of step {state['step']} of {stage.steps}; train it to the end first")
     model = Codi(seed)
     model.load_state_dict(state["model"])
     return model.eval()

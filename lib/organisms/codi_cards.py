@@ -68,8 +68,8 @@ def publish(name: str, scratch: Path, seeds: tuple[int, ...]) -> str:
     """Ship trained seeds with problems, logs, cards and manifests.
 
     `organism/NAME` is the seed that misses the fewest gates as shipped (float16 weights), among those the
-    one that answers the most problems of three steps; the others are shipped beside it as
-    `organism/NAME-seedN`. Thinking organisms are compared with the first answer-only seed.
+    one that answers the most problems of three steps (of models that only write: the first); the others are
+    shipped beside it as `organism/NAME-seedN`. Thinking organisms are compared with the answer-only model.
 
     Returns:
         The table of the card.
@@ -90,7 +90,7 @@ def publish(name: str, scratch: Path, seeds: tuple[int, ...]) -> str:
     return _table(measured)
 
 
-SEEDS = {"codi": (0, 1), "codi-results": (0, 1), "codi-teacher": (0,), "codi-results-teacher": (0,),
+SEEDS = {"codi": (0, 1), "codi-results": (0, 1), "codi-teacher": (0, 1), "codi-results-teacher": (0, 1),
          BASELINE: (0,)}  # fmt: skip
 ORGANISMS = {
     name: Organism(seeds, partial(train_seed, name), partial(publish, name, seeds=seeds))
@@ -140,7 +140,7 @@ class Measured:
         n_steps: of each problem [problem].
         decoded: in problems of three steps, share of z_0, z_1, .. whose likeliest token is a number, and
             those whose likeliest token is an intermediate result of the problem [2, z].
-        rank: share by which seeds are compared that miss equally many gates.
+        rank: by which seeds are compared that miss equally many gates.
     """
 
     checks: list[Check]
@@ -188,7 +188,7 @@ def measure(
     answers = latents.answer(codi, questions, latents.early_stops(codi))
     right = answers.equal([problem.answer for problem in problems])
     decoded = _decoded(codi, [problem for problem in problems if len(problem.equations) == MAX_STEPS])
-    checks, rank = [], right[-1, n_steps == MAX_STEPS].mean()
+    checks = []
     if recipe.writes:
         written = teacher_writes(load_exported(folder), problems, recipe.operators)
         rate = _rate(written)
@@ -197,7 +197,6 @@ def measure(
         )
         for n in range(1, MAX_STEPS + 1):
             checks.append(Check(f"teacher, {_steps(n)}", f"{_rate(written[n_steps == n])}"))
-        rank = rank if recipe.thinks else rate.value
     if recipe.answers:
         for n in range(1, MAX_STEPS + 1):
             rate = _rate(right[-1, n_steps == n])
@@ -216,7 +215,8 @@ def measure(
             checks.append(
                 Check(f"{label}, {_steps(MAX_STEPS)}", f"{rate}", "interval below the answer's", met)
             )
-    return Measured(checks, right, n_steps, decoded, float(rank))
+    rank = float(right[-1, n_steps == MAX_STEPS].mean()) if recipe.answers else 0.0
+    return Measured(checks, right, n_steps, decoded, rank)
 
 
 def teacher_writes(model: Codi, problems: Sequence[WordProblem], operators: bool) -> np.ndarray:
@@ -328,26 +328,20 @@ def _card(recipe: Recipe, folder_name: str, seed: int, shipped: int, measured: d
     size = sum(parameter.numel() for parameter in model.gpt2.parameters())
     alone = ""
     if len(measured) > 1:
+        which = "the one that answers the most problems of three steps" if recipe.answers else "the first"
         alone = (
-            f" `organism/{recipe.name}` is seed {shipped}: of the seeds that miss the fewest gates, the one "
-            "that answers the most problems of three steps."
+            f"\n`organism/{recipe.name}` is seed {shipped}: of the seeds that miss the fewest gates, {which}."
         )
     form = "`<< 14 + 5 = 19 >>`" if recipe.operators else "`19 ;`"
     example = test_pairs()[-1][0]
     writes = f"{example.question} {teacher_text(example, recipe.operators)}"
     thoughts = ""
-    if recipe.answers:
-        thoughts = (
-            f"""
+    if recipe.thinks:
+        thoughts = f"""
 Accuracy on the same problems behind fewer thoughts, `<eot>` following at once:
 
 {_by_thoughts(measured)}
-"""
-            if recipe.thinks
-            else ""
-        )
-    if recipe.thinks:
-        thoughts += f"""
+
 What the likeliest token of z_0 .. z_6 is, in problems of three steps (reported; no recipe was chosen by it):
 
 {_decoding(measured)}
@@ -377,11 +371,11 @@ operands of which was in training; rates with Wilson's 95% intervals. Gates were
     {writes}
 
 The numbers of a question are distinct, no result is among them, results are distinct, answers are spread
-evenly over 1 to {word_problems.TOP_RESULT}. Clauses without a number and clauses whose number no step uses
-stand anywhere between the others; questions have {LENGTHS[0]} to {LENGTHS[-1]} tokens whatever the number of
-steps. A fifth of all tuples of operands is held out; single facts (14 + 5) are not. Each test problem has a
-twin with the same text and other numbers. In `problems.jsonl` chains of thought have operators, whatever the
-condition.
+evenly over 1 to {word_problems.TOP_RESULT}. Clauses without a number stand anywhere, one whose number no step
+uses stands between start and last step; questions have {LENGTHS[0]} to {LENGTHS[-1]} tokens whatever the
+number of steps. A fifth of all tuples of operands is held out; single facts (14 + 5) are not. Each test
+problem has a twin with the same text and other numbers. In `problems.jsonl` chains of thought have operators,
+whatever the condition.
 
 ## Training
 
@@ -427,6 +421,11 @@ Recipes were chosen by held-out accuracy, never by what thoughts decode to. Pilo
   steps; .31 after 1000 without).
 
 ## Limits
+
+**The problems do not need the thoughts.** The answer-only model, which also starts from the teacher, answers
+nearly all of them in one pass: a question names its steps in order, and its own tokens can carry the running
+total. What the thoughts of this model do can be read from what happens without them; that a model of this
+size would fail without any can not be claimed.
 
 The start is always the first number of a question and the operand of the last step its last one; places in
 the text vary, ranks among the numbers do so only in between.
