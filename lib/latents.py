@@ -213,11 +213,13 @@ class CausalRole(NamedTuple):
         twin: with the twin's thoughts the answer is the twin's.
         carried: with the twin's thoughts it is the problem's own last step on the twin's intermediate result
             (`lib.problems.carried_answer`): thoughts carry that result, and no more.
+        kept: with the twin's thoughts it is the problem's own all the same.
         lost: with the mean thoughts of all problems it is right no more.
     """
 
     twin: np.ndarray
     carried: np.ndarray
+    kept: np.ndarray
     lost: np.ndarray
 
 
@@ -256,7 +258,7 @@ def causal_role(
             [carried_answer(problem, problems[i]) for problem, i in zip(problems, twin, strict=True)]
         )
         both = right & right[twin]
-        for effect, expected in ((role.twin, wanted[twin]), (role.carried, carried)):
+        for effect, expected in zip(role, (wanted[twin], carried, wanted), strict=False):
             told = both & np.isfinite(expected)
             effect[:, told] = found.equal(expected)[n:, told]
     return role

@@ -259,6 +259,7 @@ def test_causal_role_is_that_of_the_patches_and_ablations(codi, problems, questi
     assert both.all() and np.isfinite(role.carried).all()
     np.testing.assert_array_equal(role.lost, ablated != said.values)
     np.testing.assert_array_equal(role.twin, patched == said.values[[1, 0]])
+    np.testing.assert_array_equal(role.kept, patched == said.values)
     expected = [carried_answer(own[0], own[1]), carried_answer(own[1], own[0])]
     np.testing.assert_array_equal(role.carried, patched == expected)
 

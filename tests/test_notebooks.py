@@ -42,7 +42,7 @@ SMALL = {
 
 # Calls that a cell may end with and show nothing.
 SILENT = {
-    "figure", "claim", "metric", "model", "use_house_style",
+    "figure", "page", "claim", "metric", "model", "use_house_style",
     "append", "extend", "update", "seed", "manual_seed",
 }
 SPEAKING = {"print", "display", "show"}
