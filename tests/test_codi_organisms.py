@@ -299,7 +299,7 @@ def test_log_knows_what_thoughts_decode_to(model):
 
 def test_recipes_share_their_first_stages():
     for recipe in RECIPES.values():
-        assert recipe.stages[: len(codi.TEACHER)] == codi.TEACHER
+        assert recipe.stages[: len(codi.TEACHER)] == codi.TEACHER or recipe.name == codi_cards.SCRATCH
     names = {stage.name: stage for recipe in RECIPES.values() for stage in recipe.stages}
     for recipe in RECIPES.values():
         assert all(names[stage.name] == stage for stage in recipe.stages)
@@ -309,6 +309,18 @@ def test_recipes_share_their_first_stages():
 
 def test_untrained_organism_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m lib.organisms codi --seed 0"):
+        codi.trained("codi", 0, tmp_path)
+
+
+def test_weights_of_another_recipe_are_not_shipped(tmp_path, monkeypatch):
+    stage = replace(JOINT, steps=2)
+    monkeypatch.setitem(RECIPES, "codi", codi.Recipe("codi", (stage,)))
+    codi.train_seed("codi", 0, tmp_path)
+    again = codi.trained("codi", 0, tmp_path).state_dict()
+    state = torch.load(tmp_path / "codi-0" / "joint" / "state.pt", weights_only=True)["model"]
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    monkeypatch.setitem(RECIPES, "codi", codi.Recipe("codi", (replace(stage, gamma=1.0),)))
+    with pytest.raises(ValueError, match="trained by another recipe; remove"):
         codi.trained("codi", 0, tmp_path)
 
 

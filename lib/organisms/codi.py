@@ -339,6 +339,8 @@ JOINT_RESULTS = (
     Stage("joint-results-two", "joint", 600, 7e-4, False, _TWO, decay_from=CONSTANT, anywhere=True),
     Stage("joint-results-three", "joint", 3000, 7e-4, False, _THREE, decay_from=0.4),
 )
+# As many steps as joint training.
+ANSWER_SCRATCH = (Stage("answer-scratch", "answer", 3800, 1.5e-3, True, (0.1, 0.3, 0.6)),)
 ANSWER = tuple(
     replace(stage, name=stage.name.replace("joint-operators", "answer"), objective="answer")
     for stage in JOINT
@@ -353,6 +355,7 @@ RECIPES = {
         Recipe("codi-teacher", TEACHER),
         Recipe("codi-results-teacher", TEACHER_RESULTS),
         Recipe("codi-answer-only", (*TEACHER, *ANSWER)),
+        Recipe("codi-answer-scratch", ANSWER_SCRATCH),
     )
 }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ PROBLEM_SEED = 4242
 PAIRS = 100  # of twins, for each number of steps
 # Fixed before training.
 MIN_TEACHER, MIN_STUDENT = 0.98, 0.9
-BASELINE = "codi-answer-only"
+BASELINE, SCRATCH = "codi-answer-only", "codi-answer-scratch"
 
 
 def test_pairs() -> list[tuple[WordProblem, WordProblem]]:
@@ -75,10 +76,11 @@ def publish(name: str, scratch: Path, seeds: tuple[int, ...]) -> str:
         The table of the card.
     """
     recipe = RECIPES[name]
-    baseline = None
+    baselines = {}
     if recipe.thinks:
-        baseline = measure_as_shipped(RECIPES[BASELINE], SEEDS[BASELINE][0], scratch)
-    measured = {seed: measure_as_shipped(recipe, seed, scratch, baseline) for seed in seeds}
+        for other in (BASELINE, SCRATCH):
+            baselines[other] = measure_as_shipped(RECIPES[other], SEEDS[other][0], scratch)
+    measured = {seed: measure_as_shipped(recipe, seed, scratch, baselines) for seed in seeds}
     shipped = min(seeds, key=lambda seed: (len(measured[seed].missed), -measured[seed].rank))
 
     def fill(seed: int, target: Path) -> None:
@@ -91,7 +93,7 @@ def publish(name: str, scratch: Path, seeds: tuple[int, ...]) -> str:
 
 
 SEEDS = {"codi": (0, 1), "codi-results": (0, 1), "codi-teacher": (0, 1), "codi-results-teacher": (0, 1),
-         BASELINE: (0,)}  # fmt: skip
+         BASELINE: (0,), SCRATCH: (0,)}  # fmt: skip
 ORGANISMS = {
     name: Organism(seeds, partial(train_seed, name), partial(publish, name, seeds=seeds))
     for name, seeds in SEEDS.items()
@@ -159,27 +161,27 @@ class Measured:
 
 
 def measure_as_shipped(
-    recipe: Recipe, seed: int, scratch: Path, baseline: Measured | None = None
+    recipe: Recipe, seed: int, scratch: Path, baselines: Mapping[str, Measured] = MappingProxyType({})
 ) -> Measured:
     """Export a trained seed into its scratch folder, load it from there, and measure its gates."""
     exported = scratch / f"codi-{seed}" / "export" / recipe.name
     shutil.rmtree(exported, ignore_errors=True)
     exported.parent.mkdir(exist_ok=True)
     export_codi(recipe, trained(recipe.name, seed, scratch), exported)
-    return measure(recipe, exported, test_pairs(), baseline)
+    return measure(recipe, exported, test_pairs(), baselines)
 
 
 def measure(
     recipe: Recipe,
     folder: Path,
     pairs: Sequence[tuple[WordProblem, WordProblem]],
-    baseline: Measured | None = None,
+    baselines: Mapping[str, Measured] = MappingProxyType({}),
 ) -> Measured:
     """Gates of an organism's folder.
 
     Args:
         pairs: problems to measure on.
-        baseline: the answer-only model on the same problems; thinking organisms need one.
+        baselines: for thinking organisms, the models without thoughts by name, on the same problems.
     """
     problems = [problem for pair in pairs for problem in pair]
     questions = [problem.question for problem in problems]
@@ -208,13 +210,13 @@ def measure(
             )
     if recipe.thinks:
         student = _rate(right[-1, n_steps == MAX_STEPS])
-        others = {"0 thoughts": right[0], "answer-only model": baseline.right[-1]}
-        for label, other in others.items():
-            rate = _rate(other[n_steps == MAX_STEPS])
+        without = {"0 thoughts": right} | {name: of.right for name, of in baselines.items()}
+        for label, other in without.items():
+            rate = _rate(other[0, n_steps == MAX_STEPS])
             met = student.low > rate.high
-            checks.append(
-                Check(f"{label}, {_steps(MAX_STEPS)}", f"{rate}", "interval below the answer's", met)
-            )
+            # The gate is against the stronger baseline, fixed before the other was trained.
+            gate = "" if label == SCRATCH else "interval below the answer's"
+            checks.append(Check(f"{label}, {_steps(MAX_STEPS)}", f"{rate}", gate, met or not gate))
     rank = float(right[-1, n_steps == MAX_STEPS].mean()) if recipe.answers else 0.0
     return Measured(checks, right, n_steps, decoded, rank)
 
@@ -309,16 +311,18 @@ def _decoding(measured: dict[int, Measured]) -> str:
 
 
 def _stages(recipe: Recipe) -> str:
-    lines = [
-        "| stage | objective | chain of thought | steps | rate | tail from | 1 / 2 / 3 steps | gamma |",
-        "|---" * 8 + "|",
-    ]
+    titles = ("stage", "objective", "chain of thought", "steps", "rate", "tail from", "1 / 2 / 3 steps",
+              "gamma", "tokens", "unused numbers")  # fmt: skip
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for stage in recipe.stages:
         form = "operators" if stage.operators else "results"
         tail = "none" if stage.decay_from > 0.99 else f"{stage.decay_from:.0%}"
         gamma = f"{stage.gamma:g}" if stage.objective == "joint" else ""
         shares = " / ".join(f"{share:g}" for share in stage.shares)
-        cells = (stage.name, stage.objective, form, stage.steps, f"{stage.rate:g}", tail, shares, gamma)
+        tokens = f"{stage.lengths[0]} to {stage.lengths[1]}"
+        unused = f"up to {stage.max_unused}, {'anywhere' if stage.anywhere else 'between'}"
+        rate = f"{stage.rate:g}"
+        cells = (stage.name, stage.objective, form, stage.steps, rate, tail, shares, gamma, tokens, unused)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -403,6 +407,8 @@ others. It writes each step with its operator, {form}, and thinks no thoughts.""
 results only, {form}, and thinks no thoughts. It learnt the arithmetic in the form with operators.""",
     "codi-answer-only": """The baseline of the thinking organisms: same size, same start (the teacher),
 as many steps on as many problems of each kind, but its answer follows `<bot> <eot>` at once.""",
+    "codi-answer-scratch": """A second baseline: same size, from random weights, answers only, right
+behind `<bot> <eot>`; it never saw a chain of thought. As many steps as joint training.""",
 }
 
 _TRIED = """
@@ -415,17 +421,21 @@ Recipes were chosen by held-out accuracy, never by what thoughts decode to. Pilo
   rate 7e-4 and a tenth of one step it answered .37 and .55 (two runs). Hence these.
 * Up to two unused numbers, anywhere in the text: what is read off the question alone stayed at .57 of the
   problems of one step for 1000 steps, while chains of three steps reached .98. With one unused number the
-  teacher was right in .95 of those problems if it stood between start and step, in .63 if before and in .50
-  if behind: the first and the last number were taken for the operands. Now it stands between.
+  model in training (seed 0) was right in .95 of the problems of one step if it stood between start and step,
+  in .63 if before and in .50 if behind: it took the first and the last number. Now it stands between.
 * Number embeddings that start as sines and cosines of the value: no faster (.30 of three steps after 900
   steps; .31 after 1000 without).
+* Gamma 5 and more problems of one step in the second stage of seed 1 with operators, which answered half of
+  the problems whatever their number of steps, nearly all other answers being one too small: no gain in 300
+  steps. The tail of the rate brought it.
 
 ## Limits
 
-**The problems do not need the thoughts.** The answer-only model, which also starts from the teacher, answers
-nearly all of them in one pass: a question names its steps in order, and its own tokens can carry the running
-total. What the thoughts of this model do can be read from what happens without them; that a model of this
-size would fail without any can not be claimed.
+**The problems do not need the thoughts.** `codi-answer-only`, which also starts from the teacher, answers
+nearly all of them in one pass, and `codi-answer-scratch`, which never saw a chain of thought, most of them: a
+question names its steps in order, so that its own tokens can carry the running total. What the thoughts of
+this model do can be read from what happens without them; that a model of this size would fail without any can
+not be claimed.
 
 The start is always the first number of a question and the operand of the last step its last one; places in
 the text vary, ranks among the numbers do so only in between.
