@@ -301,7 +301,7 @@ class CodiAttention(StudyParameters):
 
     model_id: str = Field("organism/codi", min_length=1)
     compare_with: Words = ["organism/codi-results", "organism/codi-seed1", "organism/codi-results-seed1"]
-    answer_only: str = "organism/codi-answer-only"
+    answer_only: Words = ["organism/codi-answer-only", "organism/codi-answer-scratch"]
     problems: str = ""
     n_problems: Whole = Field(0, ge=0)
     n_thoughts: Whole = Field(-1, ge=-1)
