@@ -586,6 +586,23 @@ def decoding(codi: CodiModel, reading: Reading, problems: Sequence[Problem]) -> 
     return Decoding(~np.isnan(top), intermediate, np.isclose(top, answers), step, in_top, all_in_top)
 
 
+def operators_decoded(codi: CodiModel, reading: Reading, problems: Sequence[Problem]) -> np.ndarray:
+    """Whether z_k decodes to the operation of each step, 1 or 0 [problem, thought, step].
+
+    NaN for a step that a problem does not have. The lens behind the last block; of a step with several
+    operations the first one counts.
+    """
+    top = reading.tokens[:, -1, reading.thought_rows, 0]
+    found = np.full((*top.shape, max(len(problem.equations) for problem in problems)), np.nan)
+    for i, problem in enumerate(problems):
+        words = np.array([codi.token_texts[token].strip() for token in top[i]])
+        for step, equation in enumerate(problem.equations):
+            signs = re.findall(r"[-+*/]", equation.left.lstrip("-"))
+            if signs:
+                found[i, :, step] = words == signs[0]
+    return found
+
+
 def settling(codi: CodiModel, reading: Reading) -> np.ndarray:
     """Whether z_k and z_{k+2} have the same top token, or the same number, bool [problem, layer, n - 1]."""
     rows = reading.thought_rows

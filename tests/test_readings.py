@@ -25,6 +25,7 @@ from lib.readings import (
     decoding,
     measure,
     measure_text,
+    operators_decoded,
     settling,
     teacher_text,
     thought_categories,
@@ -456,3 +457,20 @@ def test_chance_of_the_top_is_that_of_random_draws(reading):
         draws = [(rng.choice(question, 3, replace=False) == OPERAND).any() for _ in range(4000)]
         assert found[i, row] == pytest.approx(np.mean(draws), abs=0.03)
     assert (chance_in_top(reading, 3, {OPERAND, readings.OTHER}) >= found).all()
+
+
+def test_operators_are_those_of_the_steps(codi, problems, reading):
+    ids = {sign: codi.ids(sign)[0] for sign in "+-*"}
+    tokens = reading.tokens.copy()
+    tokens[:, -1, :, 0] = ids["*"]
+    tokens[:, -1, 0, 0], tokens[:, -1, 2, 0] = ids["+"], ids["-"]
+    found = operators_decoded(codi, replace(reading, tokens=tokens), problems)
+    assert found.shape == (len(problems), N + 1, 3)
+    for i, problem in enumerate(problems):
+        for step in range(3):
+            if step >= len(problem.equations):
+                assert np.isnan(found[i, :, step]).all()
+                continue
+            sign = next(c for c in problem.equations[step].left if c in "+-*")
+            said = ["+", "*", "-", *["*"] * (N - 2)]
+            np.testing.assert_array_equal(found[i, :, step], [word == sign for word in said])
