@@ -7,6 +7,7 @@
 # make notebooks  execute every study and store its output in notebooks/
 # make organisms  train the embedded models again
 # make bench      time and memory of studies 1, 3 and 4 against the straightforward way
+# make sweep     the runs that sweeps/seeds.yaml names, or ARGS="--config sweep=FILE"; see sweeps/README.md
 # make lock       pin the newest versions that pyproject.toml allows
 # make clean      remove what the commands above can write again (.venv stays)
 
@@ -18,7 +19,7 @@ STUDY ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: run test lab notebooks organisms bench lock clean
+.PHONY: run test lab notebooks organisms bench sweep lock clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -43,6 +44,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.induction_sweep
 	$(BIN)/python -m benchmarks.refusal_sweep
 	$(BIN)/python -m benchmarks.latents_memory
+
+sweep: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[sweep]'
+	$(BIN)/python -m snakemake -s sweeps/Snakefile --cores 1 $(ARGS)
 
 # A person's wheels may carry a local version (2.13.0+cpu) that no registry knows: pins are written without it.
 lock: $(STAMP)

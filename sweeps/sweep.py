@@ -1,0 +1,430 @@
+"""Sweeps: one YAML names studies, models, seeds and parameters; every combination is a job of its own.
+
+`sweeps/Snakefile` runs the jobs. This module reads and checks the YAML, runs one job
+(`python sweeps/sweep.py job YAML FOLDER NAME`) and collects what all of them left in FOLDER
+(`python sweeps/sweep.py collect YAML FOLDER`), at any time, whether or not they have finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lib import ROOT
+from lib.parameters import ParameterError, StudyParameters, check, schemas
+from lib.record import Record, RecordError, code_version, validate_record
+from lib.run import run_study
+
+NOTEBOOKS = ROOT / "notebooks"
+_ENTRIES = ("models", "seeds", "parameters", "grid")
+_OWN = {"model_id": "models", "seed": "seeds", "out_dir": None}  # parameters that a sweep sets itself
+
+
+class SweepError(ValueError):
+    """A sweep's YAML is wrong; the message has one line for each problem."""
+
+
+class Job(NamedTuple):
+    """One run of one study."""
+
+    study: str
+    group: str  # models that are seeds of one another share a group
+    model: str
+    seed: int
+    parameters: dict[str, Any]  # as the YAML gives them, defaults left out
+
+    @property
+    def name(self) -> str:
+        """Its folder's name: what it is, and a hash of all that it was given."""
+        given = json.dumps([self.study, self.model, self.seed, self.parameters], sort_keys=True)
+        model = re.sub(r"[^\w.-]+", "-", self.model.rstrip("/").split("/")[-1])
+        return f"{self.study}-{model}-seed{self.seed}-{hashlib.sha256(given.encode()).hexdigest()[:8]}"
+
+
+class Result(NamedTuple):
+    """How a job stands: "done", "done by other code", "failed" or "not run"."""
+
+    job: Job
+    status: str
+    record: Record | None
+    error: str
+
+
+class Interval(NamedTuple):
+    """A mean between seeds with Student's 95% interval; of one value there is none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+# --- the YAML
+
+
+def read_sweep(path: Path) -> list[Job]:
+    """Jobs of a sweep, every parameter checked as the study's notebook will check it.
+
+    Raises:
+        SweepError: a line for each problem: misspelt names with the nearest right one, wrong values,
+            models that are not there, a study without models, a job that is given twice.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except FileNotFoundError:
+        raise SweepError(f"{path}: there is no such file") from None
+    except yaml.YAMLError as error:
+        raise SweepError(f"{path}: this is no YAML: {error}") from None
+    studies = content.get("studies") if isinstance(content, dict) else None
+    if not isinstance(studies, dict) or not studies or set(content) != {"studies"}:
+        raise SweepError(f"{path}: one entry is needed, studies, with the name of each study below it")
+    known = [name for name, schema in schemas().items() if issubclass(schema, StudyParameters)]
+    jobs: list[Job] = []
+    problems: list[str] = []
+    for study, entry in studies.items():
+        if study not in known:
+            problems.append(f"{study}: {_unknown('study', study, known)}")
+        else:
+            problems += [f"{study}: {problem}" for problem in _expand(study, entry, jobs)]
+    names = [job.name for job in jobs]
+    problems += [f"{name}: the same job is given {names.count(name)} times"
+                 for name in dict.fromkeys(names) if names.count(name) > 1]
+    if problems:
+        raise SweepError("\n".join(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
+    return jobs
+
+
+def _expand(study: str, entry: Any, jobs: list[Job]) -> list[str]:
+    """Add a study's jobs to `jobs`; returns what is wrong with its entry."""
+    if not isinstance(entry, dict):
+        return [f"its entries are missing; there are {', '.join(_ENTRIES)}"]
+    problems = [_unknown("entry", name, _ENTRIES) for name in entry if name not in _ENTRIES]
+    models, seeds = entry.get("models"), entry.get("seeds", [0])
+    fixed, grid = entry.get("parameters") or {}, entry.get("grid") or {}
+    if isinstance(models, list):
+        groups = [(model, [model]) for model in models]
+    else:
+        groups = list(models.items()) if isinstance(models, dict) else []
+    if not groups or not all(_is_list(members) for _, members in groups):
+        problems.append("models: none; give a list, or lists of one another's seeds, each under a name")
+    if not _is_list(seeds):
+        problems.append(f"seeds: a list is needed, not {seeds!r}")
+    if not isinstance(fixed, dict):
+        problems.append(f"parameters: names with values are needed, not {fixed!r}")
+    if not isinstance(grid, dict) or not all(map(_is_list, grid.values())):
+        problems.append("grid: names are needed, each with a list of values to try")
+    if problems:
+        return problems
+    schema = schemas()[study]
+    for name in [*fixed, *grid]:
+        if name in _OWN:
+            problems.append(f"{name}: {f'give it as {_OWN[name]}' if _OWN[name] else 'the sweep sets it'}")
+        elif name not in schema.model_fields:
+            problems.append(f"{name}: {_unknown('parameter', name, schema.model_fields)}")
+        elif name in fixed and name in grid:
+            problems.append(f"{name}: it stands in parameters and in grid")
+    problems += [problem for _, members in groups for model in members if (problem := _absent(model))]
+    if problems:
+        return problems
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    for group, members in groups:
+        for model, seed, chosen in itertools.product(members, seeds, combinations):
+            given = {**fixed, **chosen}
+            try:
+                check(schema, {**given, "model_id": model, "seed": seed})
+                jobs.append(Job(study, str(group), model, int(seed), given))
+            except ParameterError as error:
+                problems += str(error).splitlines()
+    return problems
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
+def _absent(model: Any) -> str:
+    """What is wrong with a model that should be on this machine; a hub id is left to the study."""
+    if not isinstance(model, str) or not model:
+        return f"models: {model!r} is no name of a model"
+    organisms = [f"organism/{path.parent.name}" for path in (ROOT / "data/organisms").glob("*/manifest.json")]
+    if model.startswith("organism/") and model not in organisms:
+        return f"models: {model}: {_unknown('embedded model', model, sorted(organisms))}"
+    if model.startswith(("/", "~", ".")) and not (ROOT / Path(model).expanduser()).is_dir():
+        return f"models: {model}: there is no such folder"
+    return ""
+
+
+def _unknown(kind: str, name: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), known := list(known), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"no such {kind}, {name!r}; {hint}"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a name that stands twice is an error; PyYAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# --- one job
+
+
+def run_job(job: Job, folder: Path, timeout: float = float("inf"), notebooks: Path = NOTEBOOKS) -> str:
+    """Run a job into its folder, unless it has finished there; returns "", or what went wrong.
+
+    FOLDER/JOB holds the executed notebook as far as it came, papermill's log, error.txt if it failed, and
+    STUDY/ with figures and record.json. Two runs of one job wait for each other: jobs that outlive a
+    killed sweep are waited for by the next one, which takes their results.
+    """
+    home = folder / job.name
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"{home}: no locks on this file system ({error}); do not run the sweep twice at a time")
+        if result(job, folder, notebooks).status == "done":
+            return ""
+        shutil.rmtree(home / job.study, ignore_errors=True)
+        (home / "error.txt").unlink(missing_ok=True)
+        (home / "job.json").write_text(_identity(job, notebooks), encoding="utf-8")
+        given = {**job.parameters, "model_id": job.model, "seed": job.seed}
+        os.environ["FIGURES_DIR"] = str(home)
+        with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):  # its progress line
+            outcome = run_study(
+                notebooks / f"{job.study}.ipynb", home / f"{job.study}.ipynb",
+                ["-y", yaml.safe_dump(given)], timeout,
+            )
+        if outcome.record is None:
+            (home / "error.txt").write_text(outcome.problem + "\n", encoding="utf-8")
+        return outcome.problem
+
+
+def result(job: Job, folder: Path, notebooks: Path = NOTEBOOKS) -> Result:
+    """How a job stands. It is done when its record is valid and of these parameters, notebook and code."""
+    home = folder / job.name
+    try:
+        record = validate_record(home / job.study / "record.json")
+        same = (home / "job.json").read_text(encoding="utf-8") == _identity(job, notebooks)
+    except (RecordError, OSError) as error:
+        if (home / "error.txt").is_file():
+            return Result(job, "failed", None, (home / "error.txt").read_text(encoding="utf-8").strip())
+        broken = (home / job.study / "record.json").exists()
+        return Result(job, "failed" if broken else "not run", None, str(error) if broken else "")
+    done = same and record.code == code_version()
+    return Result(job, "done" if done else "done by other code", record, "")
+
+
+def _identity(job: Job, notebooks: Path) -> str:
+    """What a job is, its notebook's code included, outputs and prose not."""
+    cells = json.loads((notebooks / f"{job.study}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return json.dumps(
+        {**job._asdict(), "notebook": hashlib.sha256(json.dumps(code).encode()).hexdigest()}, indent=1
+    )
+
+
+# --- all of them
+
+
+COLUMNS = ("study", "group", "model", "seed", "parameters", "status", "kind", "name", "value", "low", "high",
+           "n", "verdict", "note", "job")  # fmt: skip
+
+
+def tidy(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """One row for each metric and claim of each job; a job without a record has one row, with its error."""
+    rows = []
+    for job, status, record, error in results:
+        common = {"study": job.study, "group": job.group, "model": job.model, "seed": job.seed,
+                  "parameters": json.dumps(job.parameters, sort_keys=True), "status": status, "job": job.name}
+        if record is None:
+            last = error.splitlines()[-1].strip() if error else ""
+            rows.append(_row(common, note=_named_error(error) or last))
+            continue
+        for name, metric in record.metrics.items():
+            low, high = metric.interval or (None, None)
+            rows.append(_row(common, kind="metric", name=_common_name(name, job), value=metric.value,
+                             low=low, high=high, n=metric.n, note=metric.reason))
+        for claim in record.claims:
+            low, high = claim.interval or (None, None)
+            rows.append(_row(common, kind="claim", name=_common_name(claim.id, job), value=claim.measured,
+                             low=low, high=high, n=claim.n, verdict=claim.verdict, note=claim.reason))
+    return rows
+
+
+def between_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and interval of each number over the seeds of its group.
+
+    In a group of several models, a model is one unit, at the mean over its own seeds: walks drawn anew on
+    the same weights are no further trained model. In a group of one model the units are its seeds.
+
+    Returns:
+        Rows with study, group, parameters, kind, name, mean, low, high, n, unit and values, the last by
+        unit; numbers that no job could measure are left out.
+    """
+    sets: dict[tuple, dict[tuple, float]] = {}
+    models: dict[tuple, set[str]] = {}
+    for row in rows:
+        place = tuple(row[key] for key in ("study", "group", "parameters"))
+        models.setdefault(place[:2], set()).add(row["model"])
+        if row["value"] is not None:
+            values = sets.setdefault((*place, row["kind"], row["name"]), {})
+            values[row["model"], row["seed"]] = row["value"]
+    found = []
+    for key, values in sets.items():
+        several = len(models[key[:2]]) > 1
+        units: dict[Any, list[float]] = {}
+        for (model, seed), value in values.items():
+            units.setdefault(model if several else seed, []).append(value)
+        means = {unit: sum(each) / len(each) for unit, each in units.items()}
+        found.append({
+            **dict(zip(("study", "group", "parameters", "kind", "name"), key, strict=True)),
+            **t_interval(list(means.values()))._asdict(),
+            "unit": "models" if several else "seeds", "values": means,
+        })
+    return found
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean with Student's t-interval, for a few independent values that are about normal."""
+    import numpy as np
+    from scipy import stats
+
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Interval(mean, None, None, n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def collect(jobs: Sequence[Job], folder: Path, notebooks: Path = NOTEBOOKS) -> str:
+    """Write results.csv, between_seeds.csv and the figure between_seeds.{svg,png}; returns a summary."""
+    results = [result(job, folder, notebooks) for job in jobs]
+    rows = tidy(results)
+    summary = between_seeds(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "results.csv", COLUMNS, rows)
+    header = ("study", "group", "parameters", "kind", "name", "mean", "low", "high", "n", "unit", "values")
+    lines = [{**row, "values": json.dumps(row["values"])} for row in summary]
+    _write_csv(folder / "between_seeds.csv", header, lines)
+    for suffix in ("svg", "png"):
+        (folder / f"between_seeds.{suffix}").unlink(missing_ok=True)
+    if summary:
+        _draw(summary, folder)
+    statuses = [each.status for each in results]
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    troubles = [f"  {each.job.name}: {_named_error(each.error) or each.error}"
+                for each in results if each.status == "failed"]
+    return "\n".join([f"{len(results)} jobs: {counts}; table and figure in {folder}", *troubles])
+
+
+def _row(common: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    return {**dict.fromkeys(COLUMNS), **common, **values}
+
+
+def _named_error(problem: str) -> str:
+    """The line of a problem that names the exception, such as "ModelError: there is no config.json"."""
+    named = [line.strip() for line in problem.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b", line)]
+    return named[-1] if named else ""
+
+
+def _common_name(name: str, job: Job) -> str:
+    """A number's name with the model's own name in it replaced by that of its group."""
+    last = job.model.rstrip("/").split("/")[-1]
+    for short in sorted({last, last.removeprefix("refusal-")}, key=len, reverse=True):
+        name = re.sub(rf"(^|[/ -]){re.escape(short)}(?=$|[/ ])", lambda found: f"{found[1]}{job.group}", name)
+    return name
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, header)
+        table.writeheader()
+        table.writerows(rows)
+    part.replace(path)
+
+
+def _draw(summary: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """A panel for each study, group and parameters; a row for each number, its seeds, mean and interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from lib import plots
+
+    plots.use_house_style()
+    panels: dict[tuple, list] = {}
+    for row in summary:
+        panels.setdefault((row["study"], row["group"], row["parameters"]), []).append(row)
+    heights = [len(rows) + 2.5 for rows in panels.values()]
+    fig, axes = plt.subplots(
+        len(panels), 1, figsize=(plots.PAGE, 0.17 * sum(heights)), squeeze=False, height_ratios=heights
+    )
+    for ax, ((study, group, parameters), rows) in zip(axes[:, 0], panels.items(), strict=True):
+        for y, row in enumerate(rows):
+            ax.plot(list(row["values"].values()), [y] * row["n"], "o", color=plots.SKY, markersize=4)
+            ax.plot(row["mean"], y, "|", color=plots.BLACK, markersize=7)
+            text = f"{row['mean']:.3g}"
+            if row["low"] is not None:
+                ax.plot([row["low"], row["high"]], [y, y], color=plots.BLUE, linewidth=1.2)
+                text += f" [{row['low']:.3g}, {row['high']:.3g}]"
+            ax.annotate(f"{text}, n = {row['n']}", (1.01, y), xycoords=("axes fraction", "data"), va="center",
+                        fontsize=6.5)
+        ax.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=6.5)
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.set_xscale("symlog", linthresh=1)
+        ax.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+        given = "" if parameters == "{}" else "\n" + textwrap.shorten(parameters, 90)
+        ax.set_title(f"{study}, {group}: dots are {rows[0]['unit']}{given}", fontsize=8)
+    label = "value (linear to 1, then logarithmic); bar: mean, line: 95% t-interval over n"
+    axes[-1, 0].set_xlabel(label, fontsize=7.5)
+    for suffix in ("svg", "png"):
+        fig.savefig(folder / f"between_seeds.{suffix}", metadata={"Date": None} if suffix == "svg" else None)
+    plt.close(fig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit status."""
+    match argv:
+        case ["collect", path, folder]:
+            print(collect(read_sweep(Path(path)), Path(folder)))
+            return 0
+        case ["job", path, folder, name]:
+            [job] = [job for job in read_sweep(Path(path)) if job.name == name]
+            # A scheduler stops a job by SIGTERM: papermill and its kernel have to go as well.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            problem = run_job(job, Path(folder))
+            print(f"FAILED {name}\n{problem}" if problem else f"done {name}")
+            return 1 if problem else 0
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SweepError as wrong:
+        sys.exit(str(wrong))
