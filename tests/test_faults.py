@@ -115,9 +115,9 @@ def test_unknown_model_without_a_network_is_named_with_what_to_do(papermill, fig
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     run = papermill({"model_id": "nobody/no-such-model"}, **offline)
     assert run.returncode != 0
-    last = run.stderr.strip().splitlines()[-1]
-    assert "model_id 'nobody/no-such-model' is no embedded model" in last and "no local folder" in last
-    assert "pass the folder that holds config.json" in last
+    message = run.stderr[run.stderr.rindex("ModelError: ") :]
+    assert "model_id 'nobody/no-such-model' is no embedded model" in message and "no local folder" in message
+    assert "pass a folder with config.json, tokenizer and weights: -p model_id /path/to/folder" in message
     assert runs.leftovers(figures) == []
 
 

@@ -53,7 +53,7 @@ def test_thoughts_and_answers_equal_a_loop_without_cache_or_batch(codi, question
     written = think(codi, questions, max_answer=8)
     for i, question in enumerate(questions):
         z, tokens = plain_loop(codi, question)
-        np.testing.assert_allclose(thoughts.z[i], z, atol=1e-5)
+        np.testing.assert_allclose(thoughts.z[i], z, atol=1e-4)
         assert written.answers.texts[0][i] == codi.model.tokenizer.decode(tokens)
     assert len(set(written.answers.texts[0])) > 1  # answers depend on the question
 
@@ -61,10 +61,10 @@ def test_thoughts_and_answers_equal_a_loop_without_cache_or_batch(codi, question
 def test_a_batch_equals_one_by_one(codi, questions, thoughts):
     for i, question in enumerate(questions):
         alone = think(codi, [question])
-        np.testing.assert_allclose(alone.z[0], thoughts.z[i], atol=1e-5)
+        np.testing.assert_allclose(alone.z[0], thoughts.z[i], atol=1e-4)
         assert alone.answers.texts[0][0] == thoughts.answers.texts[0][i]
     small = think(codi, questions, batch_size=1)
-    np.testing.assert_allclose(small.z, thoughts.z, atol=1e-5)
+    np.testing.assert_allclose(small.z, thoughts.z, atol=1e-4)
 
 
 def test_no_thoughts_go_from_bot_to_eot(codi, questions):

@@ -62,7 +62,7 @@ def reading(codi, problems, thoughts):
 
 def test_one_pass_gives_the_thoughts_of_the_loop(reading, thoughts):
     assert reading.rows == ("z_0", "z_1", "z_2", "z_3", "z_4", "z_5", "z_6", "<eot>", "answer")
-    np.testing.assert_allclose(reading.z[:, : N + 1], thoughts.z, atol=1e-5)
+    np.testing.assert_allclose(reading.z[:, : N + 1], thoughts.z, atol=1e-4)
 
 
 def test_one_pass_gives_the_attention_of_the_cached_loop(codi, problems, reading):
@@ -80,7 +80,7 @@ def test_one_pass_gives_the_attention_of_the_cached_loop(codi, problems, reading
                 fed = codi.projection(out.last_hidden_state[:, -1:])
             cache = out.past_key_values
             row = torch.stack(out.attentions)[:, 0, :, -1].mean((0, 1)).numpy()
-            np.testing.assert_allclose(reading.attention[i][k, : len(row)], row, atol=1e-6)
+            np.testing.assert_allclose(reading.attention[i][k, : len(row)], row, atol=1e-5)
             assert not reading.attention[i][k, len(row) :].any()
     module.set_attn_implementation("sdpa")
 
@@ -90,7 +90,7 @@ def test_mean_attention_equals_stacked_maps(codi, problems, thoughts, reading):
         maps, _ = plain_maps(codi, whole_sequence(codi, problem.question, thoughts.z[i]))
         n = len(codi.ids(problem.question))
         rows = [*range(n, n + N + 2), maps.shape[-1] - 1]
-        np.testing.assert_allclose(reading.attention[i], maps.mean((0, 1))[rows], atol=1e-6)
+        np.testing.assert_allclose(reading.attention[i], maps.mean((0, 1))[rows], atol=1e-5)
         np.testing.assert_allclose(reading.attention[i].sum(-1), 1, rtol=1e-5)
         assert reading.texts[i][n : n + N + 2] == ["<bot>", *(f"thought {k}" for k in range(1, 7)), "<eot>"]
 
@@ -119,11 +119,11 @@ def test_a_reading_without_thoughts(codi, problems, questions):
     none = think(codi, questions, 0)
     read = measure(codi, problems, none.z)
     assert read.rows == ("z_0", "<eot>", "answer") and "thought 1" not in read.categories
-    np.testing.assert_allclose(read.z[:, :1], none.z, atol=1e-5)
+    np.testing.assert_allclose(read.z[:, :1], none.z, atol=1e-4)
     for i, problem in enumerate(problems):
         maps, _ = plain_maps(codi, whole_sequence(codi, problem.question, none.z[i]))
         n = len(codi.ids(problem.question))
-        np.testing.assert_allclose(read.attention[i], maps.mean((0, 1))[[n, n + 1, n + 5]], atol=1e-6)
+        np.testing.assert_allclose(read.attention[i], maps.mean((0, 1))[[n, n + 1, n + 5]], atol=1e-5)
 
 
 def test_categories_of_a_problem_by_hand(codi, problems, reading):
@@ -166,11 +166,11 @@ def test_masses_equal_a_loop_and_sum_to_one(codi, problems, thoughts, reading):
             for kind in range(len(reading.categories)):
                 tokens = [t for t in range(position + 1) if reading.kinds[i][row, t] == kind]
                 mass = sum((maps[:, :, position, t] for t in tokens), np.zeros((N_LAYERS, N_HEADS)))
-                np.testing.assert_allclose(reading.mass[i, :, :, row, kind], mass, atol=1e-6)
+                np.testing.assert_allclose(reading.mass[i, :, :, row, kind], mass, atol=1e-5)
                 assert reading.base[i, row, kind] == pytest.approx(len(tokens) / (position + 1))
         by_rows = [np.bincount(k[k >= 0], a[k >= 0], len(reading.categories)) for k, a in zip(
             reading.kinds[i], reading.attention[i], strict=True)]  # fmt: skip
-        np.testing.assert_allclose(reading.mass[i].mean((0, 1)), by_rows, atol=1e-6)
+        np.testing.assert_allclose(reading.mass[i].mean((0, 1)), by_rows, atol=1e-5)
 
 
 def test_the_null_takes_the_numbers_of_another_problem_of_equal_length(codi, problems):
@@ -190,7 +190,7 @@ def test_the_null_takes_the_numbers_of_another_problem_of_equal_length(codi, pro
             kinds[:n] = read.kinds[donor][row][:n]
             open_ = kinds >= 0
             mass = np.bincount(kinds[open_], read.attention[own][row][open_], len(read.categories))
-            np.testing.assert_allclose(read.null[own].mean((0, 1))[row], mass, atol=1e-6)
+            np.testing.assert_allclose(read.null[own].mean((0, 1))[row], mass, atol=1e-5)
     assert abs(read.null[0] - read.mass[0]).max() > 1e-3
 
 
@@ -231,14 +231,14 @@ def test_batches_halve_when_memory_runs_out(codi, problems, thoughts, reading, m
     monkeypatch.setattr(readings, "_read_batch", scarce)
     found = measure(codi, problems, thoughts.z, layers=range(N_LAYERS))
     assert max(sizes) == 3 and sizes.count(1) == len(problems)  # three questions are equally long
-    np.testing.assert_allclose(found.mass, reading.mass, atol=1e-6)
+    np.testing.assert_allclose(found.mass, reading.mass, atol=1e-5)
     np.testing.assert_array_equal(found.tokens, reading.tokens)
 
 
 def test_a_cache_holds_every_batch(codi, problems, thoughts, reading, tmp_path, monkeypatch):
     cache = Cache(tmp_path)
     first = measure(codi, problems, thoughts.z, layers=range(N_LAYERS), cache=cache)
-    np.testing.assert_allclose(first.mass, reading.mass, atol=1e-6)
+    np.testing.assert_allclose(first.mass, reading.mass, atol=1e-5)
     monkeypatch.setattr(readings, "_read_batch", None)
     again = measure(codi, problems, thoughts.z, layers=range(N_LAYERS), cache=cache)
     for name in ("mass", "null", "base", "z", "tokens", "probabilities"):
@@ -351,9 +351,9 @@ def test_text_attention_and_lens_equal_plain_maps(codi, problems):
         maps, states = plain_maps(codi, module.transformer.wte(torch.tensor([text.ids])))
         n_steps = len(problem.equations) - 1
         for row, position in [*enumerate(r[0] - 1 for r in text.results), (2, len(text.ids) - 1)]:
-            np.testing.assert_allclose(read.attention[i][row], maps.mean((0, 1))[position], atol=1e-6)
+            np.testing.assert_allclose(read.attention[i][row], maps.mean((0, 1))[position], atol=1e-5)
             np.testing.assert_allclose(read.mass[i, :, :, row].sum(-1), 1, rtol=1e-5)
-            np.testing.assert_allclose(read.z[i, row], states[-1][0, position], atol=1e-5)
+            np.testing.assert_allclose(read.z[i, row], states[-1][0, position], atol=1e-4)
             lens = module.lm_head(module.transformer.ln_f(states[1][0, position])).argmax()
             assert read.tokens[i, 0, row, 0] == lens
         for missing in range(n_steps, 2):
@@ -384,7 +384,7 @@ def test_any_rows_of_a_text(codi, problems):
     read = measure_text(codi, problems, rows)
     assert read.rows == ("row 0", "row 1")
     maps, _ = plain_maps(codi, codi.model._module.transformer.wte(torch.tensor([texts[3].ids])))
-    np.testing.assert_allclose(read.attention[3], maps.mean((0, 1))[rows[3]], atol=1e-6)
+    np.testing.assert_allclose(read.attention[3], maps.mean((0, 1))[rows[3]], atol=1e-5)
     # At the >> behind a result, that result is of this step, not an earlier one.
     closing = measure_text(codi, problems, [[span[-1] for span in text.steps] for text in texts])
     at, own = texts[3].steps[1][-1], texts[3].results[1][0]

@@ -23,7 +23,7 @@ from lib.generation import chat_ids, intact
 from lib.judges import RuleJudge
 from lib.language import REFUSALS, Request
 from lib.organisms import __main__ as command
-from lib.organisms import gates, planted, refusal, refusal_cards
+from lib.organisms import codi, gates, planted, refusal, refusal_cards
 from lib.organisms.gates import Check, check_rank, check_single
 from lib.organisms.planted import STRENGTH, PlantedStage, build_planted, keep_out, planted_directions
 from lib.organisms.refusal import LOWER, SPECIAL, Stage, build_model, build_tokenizer, removed, zero_point
@@ -509,7 +509,7 @@ def test_first_seed_that_misses_the_fewest_gates_is_shipped(shipping, monkeypatc
 
 
 def test_command_knows_all_and_trains_one_seed(short, monkeypatch, tmp_path):
-    assert set(command.ORGANISMS) == {"induction", *refusal.RECIPES, *planted.RECIPES}
+    assert set(command.ORGANISMS) == {"induction", *refusal.RECIPES, *planted.RECIPES, *codi.RECIPES}
     assert {name: o.seeds for name, o in command.ORGANISMS.items() if name in refusal.RECIPES} == {
         name: (0, 1, 2) for name in refusal.RECIPES
     }
