@@ -30,7 +30,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lib.models import ORGANISMS, ModelError, TransformersModel, adopt, float_dtype, load, shape
+from lib import registry
+from lib.models import (
+    ORGANISMS,
+    ModelError,
+    TransformersModel,
+    adopt,
+    float_dtype,
+    load,
+    revision_of,
+    shape,
+)
 from lib.problems import extract_answer
 
 LORA_RANK, LORA_ALPHA = 128, 32
@@ -105,50 +115,59 @@ def load_codi(
 
     Args:
         model_id: `organism/NAME`, a local folder in either layout, or a hub id such as "zen-E/CODI-gpt2".
-        device, dtype: as for `lib.models.load`; adapters are merged in float32 before the cast.
-        revision: hub commit, tag or branch.
+        device: one torch device; "auto" is refused, for thoughts go from the last block back to the first.
+        dtype: as for `lib.models.load`; adapters are merged in float32 before the cast.
+        revision: hub commit, tag or branch, None or "" for the one that data/models.yaml pins, else the
+            default branch.
         base: hub id or folder of the model whose configuration and tokenizer a checkpoint in the official
-            layout takes where it has none of its own.
+            layout takes where it has none of its own; a hub id at the revision that data/models.yaml pins.
 
     Returns:
-        CodiModel, with the projection on `device` in `dtype`.
+        CodiModel, with the projection on `device` in `dtype`. Of a hub id, `provenance` has the commit.
 
     Raises:
-        ModelError: unknown name, missing, unexpected, misshapen or non-finite tensors, a vocabulary or an
-            adapter rank that is not CODI's, naming culprit and remedy.
+        ModelError: unknown name, "auto", no access, a revision of a folder, missing, unexpected, misshapen or
+            non-finite tensors, a vocabulary or an adapter rank that is not CODI's, naming culprit and remedy.
     """
+    if device == "auto":
+        raise ModelError(
+            "device 'auto' spreads a model over several GPUs; a CODI model is small, and its thoughts go "
+            "from the last block back to the first: name one device, such as 'cuda'"
+        )
     embedded = model_id.startswith("organism/")
     if embedded and revision:
         raise ModelError(
             f"{model_id}: revision {revision!r}: a CODI organism has no checkpoints; leave it out"
         )
-    folder = _folder(model_id, revision)
+    if embedded:
+        folder, commit = ORGANISMS / model_id.removeprefix("organism/"), None  # `load` says if there is none
+    else:
+        folder, commit = _folder(model_id, revision_of(model_id, revision))
     if embedded or (folder / "codi.json").is_file():
-        return _load_embedded(model_id if embedded else str(folder), folder, device, dtype)
-    return _load_official(model_id, folder, device, dtype, revision, base)
+        return _load_embedded(model_id, folder, device, dtype, commit)
+    return _load_official(model_id, folder, device, dtype, commit, base)
 
 
-def _folder(model_id: str, revision: str | None) -> Path:
-    if model_id.startswith("organism/"):
-        return ORGANISMS / model_id.removeprefix("organism/")  # `load` says so if there is none
+def _folder(model_id: str, revision: str | None) -> tuple[Path, str | None]:
+    """Where the files of a local or hub model are, and the commit of the latter."""
     folder = Path(model_id).expanduser()
     if folder.is_dir():
-        return folder
+        return folder, None
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=_FILES))
+        folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=_FILES))
     except Exception as error:  # of the network, the hub, or a name that is none
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"model_id {model_id!r} is no embedded model, no local folder, and could not be fetched from the "
-            f"hub: {first} With weights elsewhere, pass the folder that holds them"
+            f"hub. {registry.how_to_get(model_id, revision, error)}"
         ) from error
+    return folder, folder.name  # the hub's cache calls a snapshot by its commit
 
 
 # -- embedded --------------------------------------------------------------------------------------
 
 
-def _load_embedded(model_id: str, folder: Path, device: str, dtype: str) -> CodiModel:
-    model = load(model_id, device=device, dtype=dtype)
+def _load_embedded(model_id: str, folder: Path, device: str, dtype: str, commit: str | None) -> CodiModel:
+    model = load(model_id, device=device, dtype=dtype, revision=commit)
     where = folder / "codi.json"
     try:
         settings = json.loads(where.read_text())
@@ -206,9 +225,9 @@ def _projection(
 
 
 def _load_official(
-    model_id: str, folder: Path, device: str, dtype: str, revision: str | None, base: str
+    model_id: str, folder: Path, device: str, dtype: str, commit: str | None, base: str
 ) -> CodiModel:
-    path, tensors = _read_tensors(model_id, folder)
+    path, tensors = _read_tensors(model_id, folder, commit)
     strange = sorted(key for key in tensors if not key.startswith((_BASE, _PROJECTION)))
     if strange:
         raise ModelError(
@@ -241,14 +260,14 @@ def _load_official(
         model_id=model_id,
         device=device,
         dtype=dtype,
-        revision=revision,
+        revision=commit,
         weights_sha256=sha256,
     )
     projection = _projection(projection, config.n_embd, str(path), _PROJECTION, device, dtype)
     return CodiModel(model, projection, n_words + 1, n_words + 2, 6, "The answer is:", "compact", folder)
 
 
-def _read_tensors(model_id: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+def _read_tensors(model_id: str, folder: Path, commit: str | None) -> tuple[Path, dict[str, torch.Tensor]]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = folder / name
         if path.is_file():
@@ -259,9 +278,11 @@ def _read_tensors(model_id: str, folder: Path) -> tuple[Path, dict[str, torch.Te
             except Exception as error:  # whatever a damaged file makes pickle and zipfile raise
                 first = str(error).strip().splitlines()[0]
                 raise ModelError(f"{path} cannot be read as tensors ({first}); fetch it again") from None
+    # Without network, a download that broke off passes for the whole model.
+    rest = f", or fetch what is missing: hf download {model_id} --revision {commit}" if commit else ""
     raise ModelError(
         f"{model_id}: {folder} holds neither codi.json (embedded layout) nor pytorch_model.bin or "
-        "model.safetensors (official layout); pass the folder of a CODI model"
+        f"model.safetensors (official layout); pass a CODI model{rest}"
     )
 
 
@@ -269,14 +290,22 @@ def _config_and_tokenizer(folder: Path, base: str):
     own_config = folder / "config.json"
     has_config = own_config.is_file() and "model_type" in json.loads(own_config.read_text())
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    revision = registry.pinned(base)
+
+    def source(own: bool) -> dict[str, str | None]:
+        where, commit = (str(folder), None) if own else (base, revision)
+        return {"pretrained_model_name_or_path": where, "revision": commit}
+
     try:
-        config = AutoConfig.from_pretrained(str(folder) if has_config else base)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if has_tokenizer else base)
+        config = AutoConfig.from_pretrained(**source(has_config))
+        tokenizer = AutoTokenizer.from_pretrained(**source(has_tokenizer))
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
+        if not Path(base).is_dir():
+            reason = registry.how_to_get(base, revision, error, weights="")
         raise ModelError(
-            f"{folder} has no configuration or tokenizer of its own, and base {base!r} could not be had: "
-            f"{first} Pass base=, a folder that holds GPT-2's config.json and tokenizer"
+            f"{folder} has no configuration or tokenizer of its own, and base {base!r} could not be had. "
+            f"{reason}"
         ) from error
     return config, tokenizer
 

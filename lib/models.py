@@ -40,7 +40,7 @@ from lib import ROOT, registry
 ORGANISMS = ROOT / "data" / "organisms"
 
 # GPT-2's and GPT-NeoX's names -> Llama's. Keys that a family lacks are skipped by nnsight.
-_ALIASES = {
+ALIASES = {
     "model.layers": "layers",
     "model.norm": "norm",
     "model.embed_tokens": "embed_tokens",
@@ -79,6 +79,7 @@ def load(
     device: str = "cpu",
     dtype: str = "float32",
     revision: str | None = None,
+    remote: bool = False,
     trust_remote_code: bool = False,
 ) -> TransformersModel:
     """Load a causal language model and check what arrived.
@@ -86,28 +87,34 @@ def load(
     Args:
         model_id: `organism/NAME`, a local folder in the Hugging Face layout, or a hub id.
         device: torch device, e.g. "cpu", "cuda", "cuda:1", "mps"; "auto" spreads the blocks over all GPUs,
-            by accelerate: traces run across them, the sweeps of `lib` need one device.
+            by accelerate. `lib` brings what it adds to a block to that block's device, and what it reads to the
+            CPU; it was never run on several GPUs.
         dtype: torch dtype by name: "float32", "bfloat16", "float16".
-        revision: hub commit, tag or branch, None for the one that data/models.yaml pins, else the default
-            branch; for an organism a training checkpoint such as "step-00600" (see `checkpoints`).
+        revision: hub commit, tag or branch, None or "" for the one that data/models.yaml pins, else the
+            default branch; for an organism a training checkpoint such as "step-00600" (see `checkpoints`).
+        remote: leave the weights on NDIF and run every trace there, under the key in NDIF_API_KEY; the model
+            is a `lib.remote.RemoteModel`. Hub ids only, without the pinned revision: NDIF serves the main branch.
         trust_remote_code: run code that comes with the checkpoint. Off unless the user says so.
 
     Returns:
         An nnsight model in eval mode without gradients. `provenance(model)` tells where it came from.
 
     Raises:
-        ModelError: unknown name or device, no access, changed embedded file, missing,
+        ModelError: unknown name or device, no access, a revision of a folder, changed embedded file, missing,
             unexpected, misshapen or non-finite tensors, or another dtype than asked.
     """
+    if remote:
+        from lib import remote as ndif  # registers this package with nnsight, which no local run needs
+
+        return ndif.load(model_id, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     torch_dtype = float_dtype(dtype)
     placement = _placement(device)
     embedded = model_id.startswith("organism/")
     folder = _organism_folder(model_id) if embedded else Path(model_id).expanduser()
     if embedded:
         _verify_manifest(model_id, folder)
+    revision = (revision or None) if embedded else revision_of(model_id, revision)
     source = str(folder) if folder.is_dir() else model_id
-    if not folder.is_dir() and revision is None:
-        revision = registry.pinned(model_id)
     # An organism's revision is a checkpoint file inside its folder, not a git revision.
     options = {"trust_remote_code": trust_remote_code, "revision": None if embedded else revision}
     # A local folder never needs the network, not even for a look whether a file is newer.
@@ -146,6 +153,22 @@ def load(
         revision=revision,
         weights_sha256=_weights_hash(folder, module, revision if embedded else None),
     )
+
+
+def revision_of(model_id: str, revision: str | None) -> str | None:
+    """The revision that is read: of a hub id the one asked for, else the pinned one; of a folder none.
+
+    Raises:
+        ModelError: a revision of a local folder, which holds one version and does not say which.
+    """
+    if not Path(model_id).expanduser().is_dir():
+        return revision or registry.pinned(model_id)
+    if revision:
+        raise ModelError(
+            f"revision {revision!r}: model_id {model_id!r} is a folder on this disk and holds one version; "
+            "leave revision out, or pass the hub id"
+        )
+    return None
 
 
 def adopt(
@@ -189,12 +212,17 @@ def adopt(
 
 def wrap(module: torch.nn.Module, tokenizer) -> TransformersModel:
     """Wrap a loaded transformers model so that every family answers to the same names."""
-    return TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=_ALIASES)
+    return TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=ALIASES)
 
 
 def provenance(model: TransformersModel) -> dict:
     """Where a loaded model came from: id, revision, sha256 of its weights, dtype, device, size."""
     return dict(model._module._provenance)
+
+
+def is_remote(model: TransformersModel) -> bool:
+    """Whether the traces of a model run on NDIF, where its weights are."""
+    return next(model._module.parameters()).is_meta
 
 
 def shape(model: TransformersModel) -> ModelShape:
@@ -239,7 +267,12 @@ def ov_matrix(model: TransformersModel, layer: int, head: int) -> torch.Tensor:
     Returns:
         W_OV [d_model, d_model], float64, acting on column vectors: output = W_OV @ input.
         Biases and the gain of the layer norm before it are not included.
+
+    Raises:
+        ModelError: a remote model, whose weights are not here.
     """
+    if is_remote(model):
+        raise ModelError("the OV circuit is made of weights, and those of a remote model are on NDIF; load it here")
     sizes = shape(model)
     attention = model._module.get_submodule(model.layers[layer].self_attn.path.removeprefix("model."))
     d_head, group = sizes.d_head, sizes.n_heads // sizes.n_key_value_heads

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -140,14 +142,23 @@ class StudyParameters(NotebookParameters):
     """What every study takes besides."""
 
     model_id: str = Field("organism/induction", min_length=1)
+    revision: str = ""
     device: str = Field("cpu", min_length=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remote: bool = False
     seed: Whole = Field(0, ge=0, lt=2**32)
 
+    stays_here: ClassVar[str] = ""  # why a study cannot run on NDIF
+
     def faults(self) -> Iterator[str]:
-        if self.remote:  # refused rather than ignored
-            yield "remote: the traces of this study do not run on NDIF so far; leave it false"
+        if not self.remote:
+            return
+        if self.stays_here:
+            yield f"remote: this study does not run on NDIF: {self.stays_here}; leave it false"
+        elif reason := why_not_remote(self.model_id):
+            yield f"remote: {reason}"
+        if self.device != "cpu":
+            yield f"device: {self.device!r}, but remote runs on NDIF's; leave it out"
 
 
 class _GraphParameters(StudyParameters):
@@ -222,6 +233,7 @@ class NeighborMixing(_GraphParameters):
     """Study 2: why averaging with neighbours draws the graph."""
 
     study: ClassVar[str] = "02_neighbor_mixing"
+    stays_here: ClassVar[str] = "it computes with the weights, which are not sent"
 
     dim: Whole = Field(4096, ge=2)
     steps: Whole = Field(1, ge=0)
@@ -247,6 +259,10 @@ class RefusalLowRank(StudyParameters):
     """Study 3: how many directions carry refusal."""
 
     study: ClassVar[str] = "03_refusal_low_rank"
+    stays_here: ClassVar[str] = (
+        "it edits weights, and its answers are written token by token over a key-value cache, which would travel "
+        "with every token"
+    )
 
     model_id: str = Field("organism/refusal-lowrank", min_length=1)
     compare_with: Words = [
@@ -298,6 +314,9 @@ class CodiAttention(StudyParameters):
     """Study 4: what latent thoughts attend to and store."""
 
     study: ClassVar[str] = "04_codi_attention"
+    stays_here: ClassVar[str] = (
+        "NDIF serves models as the hub has them, without the projection that feeds CODI's thoughts back"
+    )
 
     model_id: str = Field("organism/codi", min_length=1)
     compare_with: Words = ["organism/codi-results", "organism/codi-seed1", "organism/codi-results-seed1"]
@@ -314,6 +333,17 @@ class CodiAttention(StudyParameters):
         if self.n_thoughts in (0, 1):
             yield f"n_thoughts: {self.n_thoughts} has no even and odd ones to compare; take 2 or more, or -1"
         yield from _called_alike([self.model_id, *self.compare_with])
+
+
+def why_not_remote(model_id: str) -> str:
+    """Why a model cannot run on NDIF from here, and what to do; empty if it may."""
+    if model_id.startswith("organism/"):
+        return f"NDIF serves models of the hub, and {model_id!r} is one of this repository; name another model_id"
+    if Path(model_id).expanduser().is_dir():
+        return f"NDIF serves models of the hub, and {model_id!r} is a folder on this disk; pass the hub id"
+    if not os.environ.get("NDIF_API_KEY"):
+        return "the environment holds no NDIF_API_KEY; get a key at login.ndif.us and export it"
+    return ""
 
 
 def _called_alike(models: list[str]) -> Iterator[str]:

@@ -171,14 +171,15 @@ def missing_files(
     Args:
         model_id: hub id.
         revision: commit, tag or branch; None is the default branch, as of its last download.
-        weights: pattern of the files that hold the weights.
-        base: hub id of a model whose configuration and tokenizer this one takes where it has none.
+        weights: pattern of the files that hold the weights; empty if none are needed.
+        base: hub id of a model whose configuration and tokenizer this one takes where it has none, at the
+            revision that is pinned of it.
     """
     folder = snapshot(model_id, revision)
     have = {path.name for path in folder.iterdir() if path.exists()} if folder else set()
     missing = []
     if base:
-        base_folder = snapshot(base)
+        base_folder = snapshot(base, pinned(base))
         have_base = {path.name for path in base_folder.iterdir() if path.exists()} if base_folder else set()
         if "config.json" not in have | have_base:
             missing.append(f"config.json of {base}")
@@ -187,6 +188,8 @@ def missing_files(
     else:
         missing += [] if "config.json" in have else ["config.json"]
         missing += [] if have & set(_TOKENIZERS) else [_TOKENIZERS[0]]
+    if not weights:
+        return missing
     index = next((name for name in sorted(have) if name.endswith(".safetensors.index.json")), None)
     if index:
         shards = set(json.loads((folder / index).read_text())["weight_map"].values())
@@ -217,7 +220,7 @@ def require(model: RegisteredModel) -> str:
     if not lacking:
         return f"{model.name}: on disk"
     owner = lacking[0].partition(" of ")[2] or model.id
-    revision = model.revision if owner == model.id else None
+    revision = model.revision if owner == model.id else pinned(owner)
     url = huggingface_hub.hf_hub_url(owner, lacking[0].split(" of ")[0], revision=revision)
     try:
         huggingface_hub.get_hf_file_metadata(url, timeout=_HEAD_TIMEOUT)
@@ -228,24 +231,29 @@ def require(model: RegisteredModel) -> str:
     return f"{model.name}: will be fetched from the hub, about {model.gigabytes:.1f} GB"
 
 
-def how_to_get(model_id: str, revision: str | None, error: Exception | None = None) -> str:
+def how_to_get(
+    model_id: str, revision: str | None, error: Exception | None = None, *, weights: str | None = None
+) -> str:
     """What is missing of a hub model, why the hub did not give it, and what to do, as a message.
 
     Args:
         model_id, revision: as asked for.
         error: what the hub or the network raised; its causes are looked at, too.
+        weights: as for `missing_files`; None is what data/models.yaml says of the model.
     """
     model = next((model for model in registry() if model.id == model_id), None)
-    weights, base = (model.weights, model.base) if model else ("*.safetensors", "")
+    if weights is None:
+        weights = model.weights if model else "*.safetensors"
+    base = model.base if model else ""
     if not _is_hub_id(model_id):
         return f"{model_id!r} is no hub id (owner/name), and no folder of that name is here"
     lacking = missing_files(model_id, revision, weights=weights, base=base)
     page = f"https://huggingface.co/{model_id}"
     licence = f"the {model.licence}" if model else "its licence"
     causes = list(_causes(error))
-    steps = [f"hf download {model_id}" + (f" --revision {revision}" if revision else "") + _patterns(weights)]
+    steps = [_download(model_id, revision, weights)]
     if base and any(name.endswith(f" of {base}") for name in lacking):
-        steps.append(f"hf download {base}" + _patterns("*.txt"))
+        steps.append(_download(base, pinned(base), ""))
     log_in = [f"accept {licence} at {page}, signed in", "hf auth login   (or set HF_TOKEN)"]
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         reason, steps = f"it has no revision {revision!r}", [f"choose one that {page}/commits/main lists"]
@@ -278,9 +286,13 @@ def _is_hub_id(model_id: str) -> bool:
     return True
 
 
-def _patterns(weights: str) -> str:
-    """What to download: without it, some repositories bring the same weights in several formats."""
-    return "".join(f' --include "{pattern}"' for pattern in ("*.json", "*.txt", "*.model", weights))
+def _download(model_id: str, revision: str | None, weights: str) -> str:
+    """The command; without its patterns some repositories bring the same weights in several formats."""
+    patterns = filter(None, ("*.json", "*.txt", "*.model", weights))
+    return " ".join(
+        [f"hf download {model_id}", *([f"--revision {revision}"] if revision else [])]
+        + [f'--include "{pattern}"' for pattern in patterns]
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib import ROOT
 from lib.claims import claims_table
-from lib.parameters import schemas
 from lib.record import Record, RecordError, figures_folder, validate_record
 
 if TYPE_CHECKING:
@@ -182,9 +181,12 @@ def _of_model(
     parameters = {study: _parameters(model, study) for study in studies}
     for study in studies:
         for asked, what in model.studies[study].asks.items():
-            if not any(asked in option for option in papermill_options):
+            if not _gives(papermill_options, asked):
                 raise registry.RegistryError(f'{model.name} in {study}: give {what}: ARGS="-p {asked} ..."')
-    if not any("model_id" in option for option in papermill_options):
+    if _gives(papermill_options, "model_id"):  # other weights: they have no such revision
+        for values in parameters.values():
+            del values["revision"]
+    elif not _gives(papermill_options, "revision"):
         print(registry.require(model), flush=True)
     # papermill reads -b before all of its other ways to pass a parameter, so that each of them overrides it.
     return model, {study: ["-b", _base64(values)] for study, values in parameters.items()}
@@ -195,10 +197,15 @@ def _parameters(model: RegisteredModel, study: str) -> dict[str, Any]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = model.parameters(study) | {"device": device}
-    if "revision" in schemas()[study].model_fields and model.revision:
-        found["revision"] = model.revision
-    return found
+    return model.parameters(study) | {"device": device, "revision": model.revision or ""}
+
+
+def _gives(papermill_options: Sequence[str], name: str) -> bool:
+    """Whether the user passes a parameter, on the command line or in a file (-f)."""
+    options = list(papermill_options)
+    files = [Path(b) for a, b in zip(options, options[1:], strict=False) if a in ("-f", "--parameters_file")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    return any(name in text for text in options + texts)
 
 
 def _base64(values: dict[str, Any]) -> str:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import add_to_hub_cache, use_hub
 from tiny_codi import D_MODEL, byte_tokenizer, official_tensors, save_embedded, save_official
 from transformers import GPT2LMHeadModel
 
-from lib import codi_checkpoint, models
+from lib import codi_checkpoint, models, registry
 from lib.codi_checkpoint import load_codi
 from lib.latents import think
 from lib.models import ModelError, provenance
@@ -21,6 +22,7 @@ from lib.readings import measure, measure_text, teacher_text
 
 BASE = "codi.base_model.model."
 N_WORDS = len(byte_tokenizer())
+OTHER_COMMIT = "fedcba98" * 5
 HIGH = Problem(
     "p", "Ann has 60 pears, 13 more and 7 nuts", (Equation.parse("60+13=73"), Equation.parse("73-7=66")), 66
 )
@@ -278,24 +280,88 @@ def test_base_of_another_family_or_none(tmp_path, monkeypatch):
         load_codi(str(folder), base=str(tmp_path / "none"))
 
 
-def test_a_hub_id_goes_through_the_hub(tmp_path, monkeypatch):
-    folder = save_official(tmp_path / "official")
-    asked = []
+# -- from the hub ----------------------------------------------------------------------------------
 
-    def fetch(repo_id, revision, allow_patterns):
-        asked.append((repo_id, revision))
-        return str(folder)
+CODI, GPT2 = registry.find("CODI-gpt2"), registry.find("gpt2")
 
-    monkeypatch.setattr(codi_checkpoint, "snapshot_download", fetch)
-    codi = load_codi("zen-E/CODI-gpt2", revision="abc", base=str(folder / "base"))
-    assert asked == [("zen-E/CODI-gpt2", "abc")]
-    assert provenance(codi.model)["revision"] == "abc" and codi.folder == folder
 
-    def offline(*args, **options):
-        raise OSError("no network.")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """CODI-gpt2 in a hub cache, two commits of it, and no network; returns a way to put GPT-2 there, too."""
+    cache = tmp_path / "hub"
+    use_hub(monkeypatch, cache)
+    for seed, (commit, branch) in enumerate([(CODI.revision, "old"), (OTHER_COMMIT, "main")]):
+        folder = save_official(tmp_path / str(seed), official_tensors(N_WORDS, seed))
+        folder.joinpath("base").rename(tmp_path / f"base{seed}")
+        add_to_hub_cache(folder, cache, CODI.id, commit, branch=branch)
+    return lambda: add_to_hub_cache(tmp_path / "base0", cache, GPT2.id, GPT2.revision)
 
-    monkeypatch.setattr(codi_checkpoint, "snapshot_download", offline)
-    with pytest.raises(
-        ModelError, match="'zen-E/CODI-gpt2' is no embedded model, no local folder, and could"
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_hub_model_is_read_at_its_revision(hub, dtype, tmp_path):
+    hub()
+    pinned, newest, named = (
+        load_codi(CODI.id, dtype=dtype, revision=revision) for revision in ("", "main", OTHER_COMMIT)
+    )
+    found = [provenance(codi.model) for codi in (pinned, newest, named)]
+    assert [each["revision"] for each in found] == [CODI.revision, OTHER_COMMIT, OTHER_COMMIT]
+    assert {each["model_id"] for each in found} == {CODI.id} and {each["dtype"] for each in found} == {dtype}
+    assert found[0]["weights_sha256"] != found[1]["weights_sha256"] == found[2]["weights_sha256"]
+    for seed, codi in enumerate((pinned, newest)):
+        for tensor in (*codi.model._module.parameters(), *codi.projection.parameters()):
+            assert tensor.dtype == getattr(torch, dtype)
+        local = load_codi(str(tmp_path / str(seed)), dtype=dtype, base=str(tmp_path / f"base{seed}"))
+        for name, tensor in local.model._module.state_dict().items():
+            assert torch.equal(tensor, codi.model._module.state_dict()[name]), name
+
+
+def test_a_hub_model_in_the_embedded_layout(tmp_path, monkeypatch):
+    use_hub(monkeypatch, tmp_path / "hub")
+    folder = save_embedded(tmp_path / "codi")
+    add_to_hub_cache(folder, tmp_path / "hub", "owner/codi", OTHER_COMMIT)
+    local, codi = load_codi(str(folder)), load_codi("owner/codi")
+    one, other = provenance(local.model), provenance(codi.model)
+    assert (one["revision"], other["revision"]) == (None, OTHER_COMMIT)
+    assert other["model_id"] == "owner/codi" and other["weights_sha256"] == one["weights_sha256"]
+    assert torch.equal(codi.projection[1].weight, local.projection[1].weight)
+    assert codi.folder.name == OTHER_COMMIT and (codi.folder / "problems.jsonl").is_file()
+
+
+def test_what_is_missing_of_a_hub_model_is_named_with_the_command(hub, tmp_path, monkeypatch):
+    with pytest.raises(ModelError) as raised:
+        load_codi(CODI.id)
+    for part in (
+        f"'{GPT2.id}' could not be had. {GPT2.id} at {GPT2.revision}: config.json, tokenizer.json are not on",
+        f'hf download {GPT2.id} --revision {GPT2.revision} --include "*.json" --include "*.txt"',
     ):
-        load_codi("zen-E/CODI-gpt2")
+        assert part in str(raised.value)
+    assert "*.safetensors" not in str(raised.value), "of the base no weights are needed"
+    hub()
+    weights = tmp_path / "hub" / f"models--{CODI.id.replace('/', '--')}" / "snapshots" / CODI.revision
+    (weights / "pytorch_model.bin").unlink()
+    with pytest.raises(
+        ModelError, match=f"what is missing: hf download {CODI.id} --revision {CODI.revision}"
+    ):
+        load_codi(CODI.id)
+    use_hub(monkeypatch, tmp_path / "empty")
+    with pytest.raises(ModelError) as raised:
+        load_codi(CODI.id)
+    for part in (
+        f"model_id '{CODI.id}' is no embedded model, no local folder, and could not be fetched from the hub.",
+        "pytorch_model.bin are not on this disk, and HF_HUB_OFFLINE is set",
+        f"hf download {CODI.id} --revision {CODI.revision} --include",
+        f"hf download {GPT2.id} --revision {GPT2.revision} --include",
+    ):
+        assert part in str(raised.value)
+    with pytest.raises(ModelError, match="'no id at all' is no hub id .owner/name., and no folder of that"):
+        load_codi("no id at all")
+
+
+def test_revision_of_a_folder_and_several_devices_are_refused(tmp_path):
+    folder = save_embedded(tmp_path / "codi")
+    with pytest.raises(ModelError, match=f"revision 'main': model_id '{folder}' is a folder on this disk"):
+        load_codi(str(folder), revision="main")
+    with pytest.raises(
+        ModelError, match="device 'auto' spreads a model over several GPUs; .* name one device"
+    ):
+        load_codi(str(folder), device="auto")

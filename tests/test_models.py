@@ -236,7 +236,7 @@ def test_a_registered_model_is_read_at_its_revision(tmp_path, monkeypatch):
     for seed, (commit, branch) in enumerate([(gpt2.revision, "old"), (OTHER_COMMIT, "main")]):
         folder = save_tiny("gpt2", tmp_path / str(seed), seed=seed)
         add_to_hub_cache(folder, tmp_path / "hub", gpt2.id, commit, branch=branch)
-    pinned, newest, named = (load(gpt2.id, revision=revision) for revision in (None, "main", OTHER_COMMIT))
+    pinned, newest, named = (load(gpt2.id, revision=revision) for revision in ("", "main", OTHER_COMMIT))
     assert [provenance(model)["revision"] for model in (pinned, newest, named)] == [
         gpt2.revision, OTHER_COMMIT, OTHER_COMMIT,
     ]  # fmt: skip
@@ -330,6 +330,13 @@ def test_truncated_file_is_named(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match=f"cannot load {folder}"):
         load(str(folder))
+
+
+def test_revision_of_a_folder_is_refused(folder):
+    with pytest.raises(
+        ModelError, match=f"revision 'main': model_id '{folder}' is a folder on this disk and"
+    ):
+        load(str(folder), revision="main")
 
 
 def test_folder_without_config_is_no_model(folder):

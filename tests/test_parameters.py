@@ -124,7 +124,7 @@ def test_misspelt_name_in_the_parameters_cell():
 
 def test_name_like_no_other_lists_them_all():
     [line] = problems(InductionAblation, PARAMETERS_CELL, "# Parameters\nzzz = 1\n")
-    assert line.startswith("zzz: no such parameter; there are out_dir, use_cache, model_id, device")
+    assert line.startswith("zzz: no such parameter; there are out_dir, use_cache, model_id, revision")
 
 
 def test_all_problems_come_at_once():

@@ -186,9 +186,10 @@ def test_codi_needs_its_weights_and_what_gpt2_has(offline, tmp_path):
     (tmp_path / "codi" / "pytorch_model.bin").write_bytes(b"weights")
     add_to_hub_cache(tmp_path / "codi", offline, codi.id, codi.revision)
     assert missing(codi) == [f"config.json of {base}", f"tokenizer.json of {base}"]
-    with pytest.raises(RegistryError, match=f"config.json of {base}, .*(?s:.*)hf download {base} --include"):
+    command = f"hf download {base} --revision {pinned(base)} --include"
+    with pytest.raises(RegistryError, match=f"config.json of {base}, .*(?s:.*){command}"):
         require(codi)
-    add_to_hub_cache(save_tiny("gpt2", tmp_path / "gpt2"), offline, base, "0" * 40)
+    add_to_hub_cache(save_tiny("gpt2", tmp_path / "gpt2"), offline, base, pinned(base))
     assert missing(codi) == [] and require(codi) == "CODI-gpt2: on disk"
 
 

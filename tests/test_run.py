@@ -167,7 +167,7 @@ def test_impossible_request_is_refused_before_anything_runs(write_notebook, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-TELL = """print(p.model_id, p.dtype, p.layer, "k_values", p.k_values, "seq_len", p.seq_len)
+TELL = """print(p.model_id, p.dtype, p.layer, "k_values", p.k_values, "seq_len", p.seq_len, "at", p.revision)
 study.close()"""
 
 
@@ -188,7 +188,10 @@ def test_model_runs_with_its_parameters_in_a_folder_of_its_own(
     status, said = run_studies("--model", "gpt2", *override)
     assert status == 0 and said.startswith("gpt2: on disk\n")
     log = (tmp_path / "gpt2" / "01_induction_ablation.log").read_text()
-    assert "openai-community/gpt2 float32 10 k_values [1, 2, 4, 8, 16] seq_len 300" in log
+    commit = registry.find("gpt2").revision
+    assert f"openai-community/gpt2 float32 10 k_values [1, 2, 4, 8, 16] seq_len 300 at {commit}" in log
+    record = validate_record(tmp_path / "figures" / "01_induction_ablation" / "record.json")
+    assert record.parameters["revision"] == commit
     assert not (tmp_path / "runs").exists()
 
 
@@ -231,7 +234,18 @@ def test_own_weights_need_no_hub(run_studies, write_notebook, tmp_path, monkeypa
     own = ["-p", "model_id", "/my/llama", "-p", "seq_len", "500"]
     status, said = run_studies("--model", "Llama-3.1-8B", *own)
     assert status == 0 and said.startswith("01_induction_ablation")
-    assert "/my/llama bfloat16 26" in (tmp_path / "Llama-3.1-8B" / "01_induction_ablation.log").read_text()
+    log = (tmp_path / "Llama-3.1-8B" / "01_induction_ablation.log").read_text()
+    assert "/my/llama bfloat16 26" in log and "seq_len 500 at" in log
+    assert registry.find("Llama-3.1-8B").revision not in log, "a folder has no revision"
+
+
+def test_another_revision_of_a_model(run_studies, write_notebook, tmp_path, monkeypatch):
+    use_hub(monkeypatch, tmp_path / "hub")  # of the pinned one nothing is there
+    write_notebook(TELL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("revision: main")
+    assert run_studies("--model", "gpt2", "-f", "own.yaml")[0] == 0
+    assert "seq_len 1000 at main" in (tmp_path / "gpt2" / "01_induction_ablation.log").read_text()
 
 
 def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebook):
