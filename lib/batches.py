@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from lib.models import TransformersModel
+from lib.progress import counting
 
 Rows = TypeVar("Rows")  # whatever has a length and slices: a tensor, a list, a range
 Result = TypeVar("Result")
@@ -30,25 +31,27 @@ class Batches:
         Raises:
             what `run` raises, but for want of memory with more than one row.
         """
-        done = 0
-        while done < len(rows):
-            # A trace leaves cycles that hold its tensors. They are young: this takes less than a millisecond.
-            gc.collect(1)
-            batch = rows[done : done + self.size]
-            try:
-                result = run(batch)
-            except Exception as error:
-                if len(batch) == 1 or not out_of_memory(error):
-                    raise
-                self.size = len(batch) // 2
-            else:
-                yield result
-                done += len(batch)
-                continue
-            # Only here is the error gone, whose traceback held what the forward had allocated.
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        with counting(_measured_by(run), len(rows)) as count:
+            done = 0
+            while done < len(rows):
+                # A trace leaves cycles that hold its tensors. They are young: this takes under a millisecond.
+                gc.collect(1)
+                batch = rows[done : done + self.size]
+                try:
+                    result = run(batch)
+                except Exception as error:
+                    if len(batch) == 1 or not out_of_memory(error):
+                        raise
+                    self.size = len(batch) // 2
+                else:
+                    count(len(batch))
+                    yield result
+                    done += len(batch)
+                    continue
+                # Only here is the error gone, whose traceback held what the forward had allocated.
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
 
 def auto_batch_size(model: TransformersModel, length: int) -> int:
@@ -76,3 +79,8 @@ def out_of_memory(error: Exception) -> bool:
         or "out of memory" in text
         or "can't allocate memory" in text
     )
+
+
+def _measured_by(run: Callable) -> str:
+    """What a function measures, in words: the name of the outermost function that it is part of."""
+    return getattr(run, "__qualname__", "batches").split(".")[0].strip("_").replace("_", " ")

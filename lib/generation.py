@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from lib.batches import Batches
 from lib.models import ModelError, TransformersModel, provenance, shape
+from lib.progress import counting
 from lib.record import Cache
 
 SITES = ("block_input", "attention", "mlp")
@@ -576,14 +577,16 @@ def _over_rows(
     def compute(batch: list[tuple[str, int]]) -> dict[str, np.ndarray]:
         return {"values": np.concatenate(list(fitting.map(run, batch)))}
 
-    for batch in _batches(rows, [lengths[j] for _, j in rows], size):
-        if cache:
-            contents = [[s, [int(token) for token in prompts[j]]] for s, j in batch]
-            full_key = key | {"model": provenance(model), "new_tokens": new_tokens, "rows": contents}
-            values = cache.get(name, full_key, partial(compute, batch))["values"]
-        else:
-            values = compute(batch)["values"]
-        found.update(zip(batch, values, strict=True))
+    with counting(name.replace("_", " "), len(rows)) as count:
+        for batch in _batches(rows, [lengths[j] for _, j in rows], size):
+            if cache:
+                contents = [[s, [int(token) for token in prompts[j]]] for s, j in batch]
+                full_key = key | {"model": provenance(model), "new_tokens": new_tokens, "rows": contents}
+                values = cache.get(name, full_key, partial(compute, batch))["values"]
+            else:
+                values = compute(batch)["values"]
+            found.update(zip(batch, values, strict=True))
+            count(len(batch))
     return np.array([[found[s, j] for j in range(len(prompts))] for s in signatures])
 
 

@@ -20,6 +20,7 @@ import torch
 
 from lib.batches import Batches, auto_batch_size
 from lib.models import TransformersModel, provenance, shape
+from lib.progress import counting
 from lib.record import Cache
 
 Head = tuple[int, int]  # (layer, head)
@@ -343,21 +344,23 @@ def ablation_sweep(
     places = [[i for i in range(n) if conditions[i].heads == heads] or [n] for heads in unique]
     probabilities = np.empty((n + 1, *labels.shape, len(word_ids)), dtype=np.float32)
     sums = np.empty((n + 1, len(ids), n_classes, sizes.d_model), dtype=np.float32)
-    # Few sequences at a time, because the streams that other rows start from are kept for all of them.
-    for sequences in _chunks(range(len(ids)), min(rows_per_batch, 16)):
-        batches = plan.batches(sequences, rows_per_batch)
-        reader.begin(batches)
-        for batch in batches:
-            rows = {"rows": [(sorted(unique[i]), sequence) for i, sequence in batch]}
-            run = partial(reader.run, batch)
-            measured = cache.get("ablation_sweep", key | rows, run) if cache else run()
-            for row, (i, sequence) in enumerate(batch):
-                probabilities[places[i], sequence] = measured["probabilities"][row]
-                if plan.starts[i] <= layer:
-                    sums[places[i], sequence] = measured["class_sums"][row]
-                else:  # the row differs from its parent above the read layer only
-                    sums[places[i], sequence] = sums[places[plan.parents[i]][0], sequence]
-            reader.release(batch)
+    with counting("ablation sweep", len(unique) * len(ids)) as count:
+        # Few sequences at a time, because the streams that other rows start from are kept for all of them.
+        for sequences in _chunks(range(len(ids)), min(rows_per_batch, 16)):
+            batches = plan.batches(sequences, rows_per_batch)
+            reader.begin(batches)
+            for batch in batches:
+                rows = {"rows": [(sorted(unique[i]), sequence) for i, sequence in batch]}
+                run = partial(reader.run, batch)
+                measured = cache.get("ablation_sweep", key | rows, run) if cache else run()
+                for row, (i, sequence) in enumerate(batch):
+                    probabilities[places[i], sequence] = measured["probabilities"][row]
+                    if plan.starts[i] <= layer:
+                        sums[places[i], sequence] = measured["class_sums"][row]
+                    else:  # the row differs from its parent above the read layer only
+                        sums[places[i], sequence] = sums[places[plan.parents[i]][0], sequence]
+                reader.release(batch)
+                count(len(batch))
 
     counts = (labels[..., None] == np.arange(n_classes)).sum(1)
     work = sum(sizes.n_layers - start for start in plan.starts) / (sizes.n_layers * n)

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import numpy as np
 
 from lib.api import DEEPSEEK, Endpoint, NoReply
 from lib.language import grade
+from lib.progress import counting
 
 GRADES = (0.0, 0.5, 1.0)
 
@@ -234,9 +235,10 @@ class OpenAICompatibleJudge:
         executor = ThreadPoolExecutor(self.concurrency)
         try:
             futures = {key: executor.submit(self._judge, key, *pair) for key, pair in questions.items()}
-            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()  # raises what stopped the run
+            with counting("verdicts", len(futures)) as count:
+                for future in as_completed(futures.values()):
+                    future.result()  # raises what stopped the run
+                    count(1)
             return {key: future.result() for key, future in futures.items()}
         finally:
             executor.shutdown(cancel_futures=True)  # those under way end, and their verdicts are kept

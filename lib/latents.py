@@ -30,6 +30,7 @@ from lib.codi_checkpoint import CodiModel
 from lib.generation import auto_rows, end_tokens
 from lib.models import provenance, shape
 from lib.problems import Problem, carried_answer, extract_answer, twin_indices
+from lib.progress import counting
 from lib.record import Cache
 
 MAX_ANSWER = 24  # tokens of an answer, prompt included
@@ -440,17 +441,19 @@ def over_batches(
     found: dict[str, list] = {}
     fitting = Batches(size)
     order = sorted(range(len(rows)), key=lengths.__getitem__)
-    for _, alike in groupby(order, key=lengths.__getitem__):
-        places = list(alike)
-        for start in range(0, len(places), size):
-            batch = places[start : start + size]
-            contents = [rows[i] for i in batch]
-            compute = partial(_measure, fitting, run, contents)
-            full_key = {"model": provenance(codi.model), **key(contents)} if cache else {}
-            for what, values in (cache.get(name, full_key, compute) if cache else compute()).items():
-                column = found.setdefault(what, [None] * len(rows))
-                for i, value in zip(batch, values, strict=True):
-                    column[i] = value
+    with counting(name.replace("_", " "), len(rows)) as count:
+        for _, alike in groupby(order, key=lengths.__getitem__):
+            places = list(alike)
+            for start in range(0, len(places), size):
+                batch = places[start : start + size]
+                contents = [rows[i] for i in batch]
+                compute = partial(_measure, fitting, run, contents)
+                full_key = {"model": provenance(codi.model), **key(contents)} if cache else {}
+                for what, values in (cache.get(name, full_key, compute) if cache else compute()).items():
+                    column = found.setdefault(what, [None] * len(rows))
+                    for i, value in zip(batch, values, strict=True):
+                        column[i] = value
+                count(len(batch))
     return found
 
 

@@ -30,12 +30,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lib import ROOT
+from lib import ROOT, kernel
 from lib.claims import Claim, ClaimsTable
 from lib.parameters import NotebookParameters, check
+from lib.progress import unit_was_read
 
 # Modules of lib that no result depends on. A change in any other one makes cached results void.
-_NOT_COMPUTING = {"__init__", "artifacts", "claims", "dashboard", "parameters", "plots", "record", "registry",
+_NOT_COMPUTING = {"__init__", "artifacts", "claims", "compare", "kernel", "progress",
+                  "dashboard", "parameters", "plots", "record", "registry",
                   "run", "widgets"}
 _PACKAGES = ("torch", "numpy", "transformers", "nnsight", "scipy", "networkx", "safetensors", "matplotlib",
              "pydantic")
@@ -90,6 +92,9 @@ class RecordError(ValueError):
 class Study:
     """One run of one study. Put it in the setup cell: it stops the notebook if a parameter is wrong.
 
+    In a notebook it also shortens the errors of traces, and when lib was edited since the last time imports
+    it anew; see `lib.kernel`.
+
     Args:
         schema: the study's parameters.
         namespace: `globals()` of the notebook.
@@ -104,7 +109,13 @@ class Study:
         ParameterError: see `lib.parameters.check`; the folder is left as it was.
     """
 
+    def __new__(cls, schema: type[NotebookParameters], namespace: Mapping[str, Any]) -> Study:
+        if kernel.reload_edited(namespace):  # this class is of the old code
+            return kernel.renewed(cls)(kernel.renewed(schema), namespace)
+        return super().__new__(cls)
+
     def __init__(self, schema: type[NotebookParameters], namespace: Mapping[str, Any]):
+        kernel.shorten_trace_errors()
         self.parameters = check(schema, namespace)
         self.name = schema.study
         out_dir = Path(self.parameters.out_dir).expanduser()
@@ -237,7 +248,9 @@ class Cache:
         })
         path = self.folder / f"{name}-{hashlib.sha256(full_key.encode()).hexdigest()[:32]}.npz"
         try:
-            return _read_entry(path.read_bytes(), full_key)
+            stored = _read_entry(path.read_bytes(), full_key)
+            unit_was_read()
+            return stored
         except FileNotFoundError:
             pass
         except Exception as error:  # whatever a damaged file makes numpy and zipfile raise

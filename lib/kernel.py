@@ -1,0 +1,154 @@
+"""The notebook's kernel: whether a person runs it, errors in traces that are short, lib edited under it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import linecache
+import sys
+import sysconfig
+import types
+from pathlib import Path
+from typing import Any
+
+from lib import ROOT
+
+
+def is_attended() -> bool:
+    """Whether the running cell was started by a person: JupyterLab and its like offer the kernel to ask them
+    for input, papermill, nbclient and nbval do not."""
+    kernel = getattr(_shell(), "kernel", None)
+    parent = kernel.get_parent() if kernel else None
+    return bool(parent and parent.get("content", {}).get("allow_stdin"))
+
+
+# -- errors in traces ------------------------------------------------------------------------------
+
+
+def shorten_trace_errors() -> None:
+    """Show errors of a trace, and interrupts in it, by the lines of the notebook and of lib alone.
+
+    nnsight runs a block within the model's forward, so that a whole traceback has some 140 lines of torch,
+    transformers and nnsight. `%tb` in the next cell shows all of it. Other errors stay as they are.
+    """
+    shell = _shell()
+    if shell is not None and not shell.custom_exceptions:  # a person's own handler stays
+        shell.set_custom_exc((Exception, KeyboardInterrupt), _show_error)
+
+
+def _show_error(
+    shell: Any, kind: type, error: BaseException, traceback: types.TracebackType, tb_offset: int | None = None
+) -> None:
+    frames = _frames(traceback)
+    own = [frame for frame in frames if not _is_foreign(frame)]
+    if not own or not any("nnsight" in _package_parts(frame) for frame in frames):
+        shell.showtraceback((kind, error, traceback), running_compiled_code=True)
+        return
+    if not hasattr(error, "__intervention_tb__"):  # the model itself stumbled, over what a block gave it
+        own += [frame for frame in frames[-1:] if _is_foreign(frame)]
+    cut = None
+    for frame in reversed(own):
+        cut = types.TracebackType(cut, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+    context = 3 if len(own) <= 3 else 1
+    lines = shell.InteractiveTB.structured_traceback(kind, error, cut, tb_offset=0, context=context)
+    lines.append("(lines of the notebook and of lib; %tb shows all)")
+    shell._showtraceback(kind, error, lines)
+    sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback  # what %tb shows
+
+
+def _frames(traceback: types.TracebackType | None) -> list[types.TracebackType]:
+    found = []
+    while traceback is not None:
+        found.append(traceback)
+        traceback = traceback.tb_next
+    return found
+
+
+def _is_foreign(frame: types.TracebackType) -> bool:
+    """Whether a frame is of an installed package or of Python itself."""
+    file = frame.tb_frame.f_code.co_filename
+    return bool(_package_parts(frame)) or file.startswith(("<frozen", sysconfig.get_path("stdlib")))
+
+
+def _package_parts(frame: types.TracebackType) -> tuple[str, ...]:
+    """The path of a frame's file within site-packages; () when it is elsewhere."""
+    parts = Path(frame.tb_frame.f_code.co_filename).parts
+    places = [i for i, part in enumerate(parts) if part in ("site-packages", "dist-packages")]
+    return parts[places[-1] + 1 :] if places else ()
+
+
+# -- edited code -----------------------------------------------------------------------------------
+
+
+def reload_edited(namespace: Any) -> bool:
+    """Import lib anew when a file of it was edited since, and say so; in a notebook only.
+
+    All of lib is imported anew, so that no module holds classes and functions of an old one. What the
+    notebook had imported by name is renewed; what it had made, such as a loaded model, stays, and knows the
+    old code. nnsight is made to forget the blocks that it had compiled.
+
+    Args:
+        namespace: `globals()` of the notebook.
+
+    Returns:
+        Whether anything was imported anew.
+
+    Raises:
+        Exception: what importing an edited file raises, such as SyntaxError; then the old code stays.
+    """
+    if _shell() is None:
+        return False
+    now = _sources()
+    edited = sorted(name for name in _IMPORTED | now if _IMPORTED.get(name) != now.get(name))
+    if not edited:
+        return False
+    old = {name: module for name, module in sys.modules.items() if _is_of_lib(name)}
+    _forget(old)
+    try:
+        for name in old:
+            importlib.import_module(name)
+    except BaseException:
+        _forget([name for name in sys.modules if _is_of_lib(name)])
+        sys.modules.update(old)
+        raise
+    namespace.update({name: renewed(value) for name, value in namespace.items()})
+    print(f"lib is imported anew, for edits in {', '.join(edited)}; run the cells again that depend on it")
+    return True
+
+
+def renewed(value: Any) -> Any:
+    """The module, class or function that has the place of an old one of lib; any other value as it is."""
+    if isinstance(value, types.ModuleType):
+        return sys.modules.get(value.__name__, value) if _is_of_lib(value.__name__) else value
+    if isinstance(value, type | types.FunctionType) and _is_of_lib(value.__module__):
+        return getattr(sys.modules.get(value.__module__), value.__name__, value)
+    return value
+
+
+def _forget(modules: Any) -> None:
+    for name in modules:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    linecache.checkcache()
+    if blocks := sys.modules.get("nnsight.tracing.globals"):
+        blocks.SOURCES.clear()
+        blocks.BLOCKS.clear()
+
+
+def _is_of_lib(name: str) -> bool:
+    return name.split(".")[0] == __package__
+
+
+def _sources() -> dict[str, str]:
+    """Hash of every file of lib, by its path in the repository."""
+    files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "lib").rglob("*.py")}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def _shell() -> Any:
+    """IPython's shell, if this process is one."""
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+
+_IMPORTED = _sources()
