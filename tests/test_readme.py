@@ -1,28 +1,59 @@
-"""The front page: links resolve, every notebook has its row, and its numbers are those of the records."""
+"""The front page: links resolve, its numbers are those of the records, its commands are commands."""
 
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
+import yaml
+from papermill.cli import _resolve_type
 
-from lib import ROOT
+from lib import ROOT, registry
+from lib.parameters import ParameterError, check, schemas
 from lib.record import validate_record
+from sweeps import sweep
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "data" / "organisms").glob("*/README.md"))]
-README = PAGES[0].read_text()
+FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "sweeps/README.md", "benchmarks/README.md")]
+PAGES = [*FRONT, *sorted((ROOT / "data" / "organisms").glob("*/README.md"))]
+README = FRONT[0].read_text()
 ROWS = re.findall(r"^\| \[(.+?)\]\(figures/(\w+)/.+?\) \|.*\| (.+?) \|$", README, flags=re.MULTILINE)
+BLOCKS = re.findall(r"^```(\w*)\n(.+?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.strip()
+    for kind, block in BLOCKS if not kind
+    for line in block.replace("\\\n", " ").splitlines() if line.strip()
+]  # fmt: skip
+# The numbers of each sentence under "What was found", in their order: names of metrics, or of claims.
+FOUND = {
+    "01_induction_ablation": (
+        "accuracy, intact", "accuracy, 8 induction", "accuracy, 8 random", "energy, intact", "geometry",
+    ),
+    "02_neighbor_mixing": ("energy_before", "energy_after", "checkerboard", "ov-random"),
+    "03_refusal_low_rank": (
+        "one-direction-single", "one-direction-lowrank", "several-beat-one", "stack-beats-one",
+    ),
+    "04_codi_attention": (
+        "even - odd decoded/codi", "even-decode: published", "all-carry-result", "all-carry",
+        "even - odd decoded/codi-seed1", "beats-codi-answer-only",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def close_to(shown: str):
+    """What rounds to a number as the page shows it."""
+    return pytest.approx(float(shown), abs=0.51 * 10 ** -len(shown.split(".")[1]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_resolve(page):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_every_study_has_a_row():
+def test_every_study_has_a_row_and_a_sentence():
     studies = {path.stem for path in (ROOT / "notebooks").glob("0[1-9]_*.ipynb")}
-    assert {study for _, study, _ in ROWS} == studies
+    assert {study for _, study, _ in ROWS} == studies == set(FOUND)
 
 
 @pytest.mark.parametrize(("figure", "study", "expected"), ROWS)
@@ -32,5 +63,122 @@ def test_expected_numbers_are_those_of_the_record(figure, study, expected):
     named = re.findall(r"`([^`]+)` (-?\d*\.\d+)", expected)
     assert named, f"the row of {figure} states no metric"
     for name, shown in named:
-        digits = len(shown.split(".")[1])
-        assert metrics[name].value == pytest.approx(float(shown), abs=0.51 * 10**-digits), name
+        assert metrics[name].value == close_to(shown), name
+
+
+@pytest.mark.parametrize(("study", "names"), FOUND.items(), ids=FOUND)
+def test_what_was_found_is_what_the_record_says(study, names):
+    record = validate_record(ROOT / "figures" / study / "record.json")
+    values = {claim.id: claim.measured for claim in record.claims}
+    values |= {f"{claim.id}: published": claim.published for claim in record.claims}
+    values |= {name: metric.value for name, metric in record.metrics.items()}
+    [sentence] = re.findall(rf"^{int(study[:2])}\. (\*\*.+?)(?=^\d\. |^$)", README, re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"-?\d*\.\d+", sentence)
+    assert len(shown) == len(names), "name in FOUND what each number of the sentence is"
+    for name, number in zip(names, shown, strict=True):
+        assert values[name] == close_to(number), name
+
+
+def test_verdicts_of_the_sentences_are_those_of_the_claims():
+    """A sentence that tells what holds and what does not is wrong once a claim turns round."""
+    said = {
+        "01_induction_ablation": {"induction matters": "holds", "random": "fails", "geometry": "fails"},
+        "02_neighbor_mixing": {"closed-form": "holds", "checkerboard": "holds", "ov-random": "fails"},
+        "03_refusal_low_rank": {
+            "one-direction-single": "holds", "one-direction-lowrank": "fails",
+            "several-beat-one": "holds", "stack-beats-one": "fails",
+        },
+        "04_codi_attention": {"even-decode": "fails", "all-carry-result": "holds", "all-carry": "fails"},
+    }  # fmt: skip
+    for study, verdicts in said.items():
+        claims = validate_record(ROOT / "figures" / study / "record.json").claims
+        found = {claim.id: claim.verdict for claim in claims}
+        assert {id: found[id] for id in verdicts} == verdicts
+
+
+# --- commands: those that need a hub are read as the notebook would read them
+
+
+def given(words: list[str]) -> dict[str, object]:
+    """Parameters among a command's words, as papermill hands them to a notebook."""
+    found: dict[str, object] = {}
+    while words:
+        option, *words = words
+        if option == "-p":
+            name, value, *words = words
+            found[name] = _resolve_type(value)
+        elif option == "-y":
+            text, *words = words
+            found |= yaml.safe_load(text)
+        else:
+            raise ValueError(f"{option}: neither -p nor -y")
+    return found
+
+
+def checked(study: str, parameters: dict[str, object]) -> None:
+    lines = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    check(schemas()[study], {**parameters, "In": ["", "seed: int = 0", f"# Parameters\n{lines}"]})
+
+
+def read_command(command: str) -> str:
+    """Check one command line; returns what kind it is.
+
+    Raises:
+        ParameterError, LookupError, ValueError: it would not do what it says.
+    """
+    program, *words = shlex.split(command, comments=True)
+    if program == "papermill":
+        notebook, output, *words = words
+        assert (ROOT / notebook).is_file() and output.endswith(".ipynb")
+        study = (ROOT / notebook).stem
+        checked(study, given(words))
+        return program
+    if program == "make":
+        target, *variables = words
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+        values = dict(variable.split("=", 1) for variable in variables)
+        parameters = {} if target == "sweep" else given(shlex.split(values.get("ARGS", "")))
+        if "STUDY" in values:
+            checked(values["STUDY"], parameters)
+        if "MODEL" in values:
+            model = registry.find(values["MODEL"])
+            for study in model.studies:
+                fitting = {k: v for k, v in parameters.items() if k in schemas()[study].model_fields}
+                checked(study, {**model.parameters(study), **fitting})
+                assert set(model.studies[study].asks) <= set(parameters), command
+            assert parameters.keys() <= {k for s in model.studies for k in schemas()[s].model_fields}
+        return program
+    assert (program, *words) == ("python", "-m", "lib.models"), f"{command}: no test knows this command"
+    return program
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_commands(command):
+    read_command(command)
+
+
+def test_all_kinds_of_command_are_there():
+    assert {read_command(command) for command in COMMANDS} == {"papermill", "make", "python"}
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("papermill notebooks/02_neighbor_mixing.ipynb o.ipynb -p stepz 2", ParameterError),
+        ("papermill notebooks/02_neighbor_mixing.ipynb o.ipynb -p steps two", ParameterError),
+        ("papermill notebooks/09_none.ipynb o.ipynb", AssertionError),
+        ("make ran", AssertionError),
+        ("make run MODEL=gpt3", ValueError),
+        ("python -m lib.modelz", AssertionError),
+    ],
+)
+def test_command_that_would_not_run_is_caught(command, error):
+    with pytest.raises(error):
+        read_command(command)
+
+
+def test_sweep_of_the_readme_is_a_sweep(tmp_path):
+    [text] = [block for kind, block in BLOCKS if kind == "yaml"]
+    (tmp_path / "noise.yaml").write_text(text)
+    jobs = sweep.read_sweep(tmp_path / "noise.yaml")
+    assert len(jobs) == 6 and {job.study for job in jobs} == {"02_neighbor_mixing"}
