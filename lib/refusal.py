@@ -29,7 +29,7 @@ from lib.generation import (
 )
 from lib.geometry import effective_rank, participation_ratio
 from lib.judges import Judge, grades_of, rates
-from lib.models import TransformersModel, shape
+from lib.models import ModelError, TransformersModel, is_remote, shape
 from lib.prompts import PromptSet
 from lib.record import Cache
 
@@ -534,7 +534,10 @@ def orthogonalized(model: TransformersModel, basis: torch.Tensor, strength: floa
 
     Raises:
         ValueError: see `lib.generation.Ablation`; a basis of another width.
+        ModelError: a remote model, whose weights are on NDIF and not for us to edit.
     """
+    if is_remote(model):
+        raise ModelError("weights of a remote model are on NDIF and cannot be edited; use an Ablation, or load it here")
     Ablation("orthogonalized", basis)
     if basis.shape[-1] != shape(model).d_model:
         raise ValueError(f"basis has {basis.shape[-1]} dimensions, the model's stream {shape(model).d_model}")
@@ -587,8 +590,9 @@ def _writers(model: TransformersModel) -> list[tuple[torch.nn.Module, str]]:
     if hasattr(backbone, "wpe"):  # GPT-2 adds its positions to the stream
         found.append((backbone.wpe, "weight"))
     for block in model.layers:
-        mlp = block.mlp._module
-        for projection in (block.self_attn.o_proj._module, getattr(mlp, "down_proj", None) or mlp.c_proj):
+        mlp = dict(block.mlp._module.named_children())
+        last = next(mlp[name] for name in ("down_proj", "c_proj", "dense_4h_to_h") if name in mlp)
+        for projection in (block.self_attn.o_proj._module, last):
             found.append((projection, "weight"))
             if projection.bias is not None:
                 found.append((projection, "bias"))

@@ -183,7 +183,10 @@ def _of_model(
         for asked, what in model.studies[study].asks.items():
             if not _gives(papermill_options, asked):
                 raise registry.RegistryError(f'{model.name} in {study}: give {what}: ARGS="-p {asked} ..."')
-    if _gives(papermill_options, "model_id"):  # other weights: they have no such revision
+    if _gives(papermill_options, "remote"):  # on NDIF, which serves a branch
+        for values in parameters.values():
+            del values["revision"], values["device"]
+    elif _gives(papermill_options, "model_id"):  # other weights, which have no such revision
         for values in parameters.values():
             del values["revision"]
     elif not _gives(papermill_options, "revision"):

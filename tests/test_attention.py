@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import ALL_FAMILIES, VOCABULARY, save_tiny, tokenizer
+from tiny import FAMILIES, VOCABULARY, save_tiny, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.attention import (
@@ -21,7 +21,7 @@ PERIOD = 6
 
 
 @pytest.mark.parametrize("bos", [None, 0])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_a_loop_over_attention_maps(family, bos, tmp_path):
     model = load(str(save_tiny(family, tmp_path / family)))
     tokens = range(2, 30)
@@ -131,7 +131,7 @@ def test_planted_circuit_is_found():
 
 
 @pytest.mark.parametrize("bos", [None, 0])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_second_copy_loss_equals_a_loop_over_positions(family, bos, tmp_path):
     model = load(str(save_tiny(family, tmp_path / family)))
     ids = repeated_random_tokens(range(2, 30), 5, PERIOD, seed=3)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import CHAT_MODELS, FAMILIES, VOCABULARY, save_chat, save_tiny
+from tiny import CHAT_MODELS, FAMILIES, VOCABULARY, blocks, output_projection, save_chat, save_tiny
 from transformers import DynamicCache
 
 from lib import generation
@@ -92,14 +92,11 @@ def hooks(module, condition: Ablation):
             x = x + condition.shift[1]
         return (x, *args[1:])
 
-    blocks = module.model.layers if hasattr(module, "model") else module.transformer.h
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks(module)):
         handles.append(
             block.register_forward_pre_hook(lambda m, args, index=index: before_block(m, args, index))
         )
-        attention = block.self_attn if hasattr(block, "self_attn") else block.attn
-        projection_out = attention.o_proj if hasattr(attention, "o_proj") else attention.c_proj
-        for site, written in (("attention", projection_out), ("mlp", block.mlp)):
+        for site, written in (("attention", output_projection(block)), ("mlp", block.mlp)):
             if site in condition.sites and index in layers:
                 handles.append(written.register_forward_hook(lambda _, __, output: without(output)))
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import ALL_FAMILIES, CONFIGS, VOCABULARY, WORDS, blocks, output_projection, save_tiny
+from tiny import CONFIGS, FAMILIES, VOCABULARY, WORDS, blocks, output_projection, save_tiny
 
 from lib.interventions import (
     Condition,
@@ -30,7 +30,7 @@ CONDITIONS = (
 N_CLASSES, LENGTH, LAYER = 5, 12, 2
 
 
-@pytest.fixture(scope="module", params=ALL_FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request, tmp_path_factory):
     return load(str(save_tiny(request.param, tmp_path_factory.mktemp(request.param))))
 

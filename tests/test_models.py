@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import (
-    ALL_FAMILIES,
     CONFIGS,
+    FAMILIES,
     VOCABULARY,
     WORDS,
     add_to_hub_cache,
@@ -74,7 +74,7 @@ def damage(folder: Path, change) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_same_sites(family, tmp_path):
     model = load(str(save_tiny(family, tmp_path / family)))
     sizes, ids = shape(model), torch.arange(2, 11)[None]
@@ -97,7 +97,7 @@ def test_every_family_has_the_same_sites(family, tmp_path):
     assert not model._module.training and not any(p.requires_grad for p in model._module.parameters())
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ov_matrix_is_what_the_head_writes(family, tmp_path):
     """The first token attends to itself alone: a head's output there is W_OV of its input, up to biases."""
     model = load(str(save_tiny(family, tmp_path / family)))

@@ -51,11 +51,9 @@ CONFIGS = {
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_token_id=0, eos_token_id=1
     ),
+    "gpt_neox": GPTNeoXConfig(**_COMMON, tie_word_embeddings=False),
 }
-FAMILIES = tuple(CONFIGS)  # that every study takes
-# GPT-NeoX (Pythia) is for studies 1 and 2: it has no chat models.
-CONFIGS["gpt_neox"] = GPTNeoXConfig(**_COMMON, tie_word_embeddings=False)
-ALL_FAMILIES = tuple(CONFIGS)
+FAMILIES = tuple(CONFIGS)
 
 
 def save_tiny(
