@@ -37,8 +37,8 @@ from lib.progress import unit_was_read
 
 # Modules of lib that no result depends on. A change in any other one makes cached results void.
 _NOT_COMPUTING = {"__init__", "artifacts", "claims", "compare", "kernel", "progress",
-                  "dashboard", "parameters", "plots", "record", "registry",
-                  "run", "widgets"}
+                  "dashboard", "hero", "parameters", "plots", "publish",
+                  "record", "registry", "run", "seeds", "widgets"}
 _PACKAGES = ("torch", "numpy", "transformers", "nnsight", "scipy", "networkx", "safetensors", "matplotlib",
              "pydantic")
 _CACHE_PACKAGES = _PACKAGES[:4]

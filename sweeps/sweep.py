@@ -31,9 +31,10 @@ from lib import ROOT
 from lib.parameters import ParameterError, StudyParameters, check, schemas
 from lib.record import Record, RecordError, code_version, validate_record
 from lib.run import run_study
+from lib.seeds import SeedNumber, write_numbers
 
 NOTEBOOKS = ROOT / "notebooks"
-_ENTRIES = ("models", "seeds", "parameters", "grid")
+_ENTRIES = ("models", "seeds", "parameters", "grid", "headline")
 _OWN = {"model_id": "models", "seed": "seeds", "out_dir": None}  # parameters that a sweep sets itself
 
 
@@ -65,15 +66,6 @@ class Result(NamedTuple):
     status: str
     record: Record | None
     error: str
-
-
-class Interval(NamedTuple):
-    """A mean between seeds with Student's 95% interval; of one value there is none."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
 
 
 # --- the YAML
@@ -111,6 +103,12 @@ def read_sweep(path: Path) -> list[Job]:
     return jobs
 
 
+def read_headlines(path: Path) -> dict[str, dict[str, str]]:
+    """What a checked sweep calls its headline numbers: study -> name of a metric or claim -> words."""
+    studies = yaml.safe_load(path.read_text(encoding="utf-8"))["studies"]
+    return {study: entry.get("headline") or {} for study, entry in studies.items()}
+
+
 def _expand(study: str, entry: Any, jobs: list[Job]) -> list[str]:
     """Add a study's jobs to `jobs`; returns what is wrong with its entry."""
     if not isinstance(entry, dict):
@@ -130,6 +128,9 @@ def _expand(study: str, entry: Any, jobs: list[Job]) -> list[str]:
         problems.append(f"parameters: names with values are needed, not {fixed!r}")
     if not isinstance(grid, dict) or not all(map(_is_list, grid.values())):
         problems.append("grid: names are needed, each with a list of values to try")
+    headline = entry.get("headline") or {}
+    if not isinstance(headline, dict) or not all(isinstance(x, str) and x for x in headline.values()):
+        problems.append(f"headline: names of numbers, each with its meaning, are needed, not {headline!r}")
     if problems:
         return problems
     schema = schemas()[study]
@@ -249,7 +250,7 @@ def _identity(job: Job, notebooks: Path) -> str:
 
 
 COLUMNS = ("study", "group", "model", "seed", "parameters", "status", "kind", "name", "value", "low", "high",
-           "n", "verdict", "note", "job")  # fmt: skip
+           "n", "verdict", "note", "job", "code", "commit", "seconds")  # fmt: skip
 
 
 def tidy(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -262,6 +263,8 @@ def tidy(results: Iterable[Result]) -> list[dict[str, Any]]:
             last = error.splitlines()[-1].strip() if error else ""
             rows.append(_row(common, note=_named_error(error) or last))
             continue
+        commit = f"{record.commit or 'unknown'}{' with changes' if record.dirty else ''}"
+        common |= {"code": record.code, "commit": commit, "seconds": record.seconds}
         for name, metric in record.metrics.items():
             low, high = metric.interval or (None, None)
             rows.append(_row(common, kind="metric", name=_common_name(name, job), value=metric.value,
@@ -273,69 +276,92 @@ def tidy(results: Iterable[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def between_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def between_seeds(
+    rows: Iterable[Mapping[str, Any]], headlines: Mapping[str, Mapping[str, str]] | None = None
+) -> list[SeedNumber]:
     """Mean and interval of each number over the seeds of its group.
 
     In a group of several models, a model is one unit, at the mean over its own seeds: walks drawn anew on
     the same weights are no further trained model. In a group of one model the units are its seeds.
 
-    Returns:
-        Rows with study, group, parameters, kind, name, mean, low, high, n, unit and values, the last by
-        unit; numbers that no job could measure are left out.
+    Args:
+        rows: of `tidy`.
+        headlines: of `read_headlines`. A study's headline numbers come first, in that order; {group} in
+            their names stands for the group's.
     """
-    sets: dict[tuple, dict[tuple, float]] = {}
-    models: dict[tuple, set[str]] = {}
+    runs: dict[tuple, dict[tuple, None]] = {}
+    found: dict[tuple, dict[tuple, Mapping[str, Any]]] = {}
     for row in rows:
         place = tuple(row[key] for key in ("study", "group", "parameters"))
-        models.setdefault(place[:2], set()).add(row["model"])
-        if row["value"] is not None:
-            values = sets.setdefault((*place, row["kind"], row["name"]), {})
-            values[row["model"], row["seed"]] = row["value"]
-    found = []
-    for key, values in sets.items():
-        several = len(models[key[:2]]) > 1
-        units: dict[Any, list[float]] = {}
-        for (model, seed), value in values.items():
-            units.setdefault(model if several else seed, []).append(value)
-        means = {unit: sum(each) / len(each) for unit, each in units.items()}
-        found.append({
-            **dict(zip(("study", "group", "parameters", "kind", "name"), key, strict=True)),
-            **t_interval(list(means.values()))._asdict(),
-            "unit": "models" if several else "seeds", "values": means,
-        })
-    return found
+        runs.setdefault(place, {})[row["model"], row["seed"]] = None
+        if row["name"]:
+            found.setdefault((*place, row["kind"], row["name"]), {})[row["model"], row["seed"]] = row
+    numbers = []
+    for (*place, kind, name), measured in found.items():
+        several = len({model for model, _ in runs[tuple(place)]}) > 1
+        units: dict[str, list[Mapping[str, Any]]] = {}
+        for run in runs[tuple(place)]:
+            rows_of_unit = units.setdefault(str(run[0] if several else run[1]), [])
+            rows_of_unit += [measured[run]] if run in measured else []
+        values, verdicts = {}, {}
+        for unit, rows_of_unit in units.items():
+            known = [row["value"] for row in rows_of_unit if row["value"] is not None]
+            values[unit] = sum(known) / len(known) if known else None
+            if kind == "claim":
+                verdicts[unit] = "/".join(dict.fromkeys(row["verdict"] for row in rows_of_unit)) or "none"
+        known = [value for value in values.values() if value is not None]
+        label = _labels(headlines or {}, *place[:2]).get(name, "")
+        numbers.append(SeedNumber(*place, kind, name, label, *t_interval(known), len(known),
+                                  "models" if several else "seeds", values, verdicts))  # fmt: skip
+
+    def order(number: SeedNumber) -> tuple[int, int]:
+        names = list(_labels(headlines or {}, number.study, number.group))
+        place = (number.study, number.group, number.parameters)
+        return list(runs).index(place), names.index(number.name) if number.label else len(names)
+
+    return sorted(numbers, key=order)
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean with Student's t-interval, for a few independent values that are about normal."""
+def _labels(headlines: Mapping[str, Mapping[str, str]], study: str, group: str) -> dict[str, str]:
+    return {name.replace("{group}", group): words for name, words in headlines.get(study, {}).items()}
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float | None, ...]:
+    """Mean and both ends of Student's t-interval, for a few independent values that are about normal.
+
+    Of one value there is no interval, of none no mean: None.
+    """
     import numpy as np
     from scipy import stats
 
-    mean, n = float(np.mean(values)), len(values)
+    n = len(values)
+    mean = float(np.mean(values)) if n else None
     if n < 2:
-        return Interval(mean, None, None, n)
+        return mean, None, None
     half = float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
+    return mean, mean - half, mean + half
 
 
-def collect(jobs: Sequence[Job], folder: Path, notebooks: Path = NOTEBOOKS) -> str:
+def collect(path: Path, folder: Path, notebooks: Path = NOTEBOOKS) -> str:
     """Write results.csv, between_seeds.csv and the figure between_seeds.{svg,png}; returns a summary."""
-    results = [result(job, folder, notebooks) for job in jobs]
-    rows = tidy(results)
-    summary = between_seeds(rows)
+    results = [result(job, folder, notebooks) for job in read_sweep(path)]
+    headlines, rows = read_headlines(path), tidy(results)
+    numbers = between_seeds(rows, headlines)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "results.csv", COLUMNS, rows)
-    header = ("study", "group", "parameters", "kind", "name", "mean", "low", "high", "n", "unit", "values")
-    lines = [{**row, "values": json.dumps(row["values"])} for row in summary]
-    _write_csv(folder / "between_seeds.csv", header, lines)
+    _write_csv(folder / "results.csv", rows)
+    write_numbers(folder / "between_seeds.csv", numbers)
     for suffix in ("svg", "png"):
         (folder / f"between_seeds.{suffix}").unlink(missing_ok=True)
-    if summary:
-        _draw(summary, folder)
+    if shown := [each for each in numbers if each.n and (each.label or not headlines[each.study])]:
+        _draw(shown, folder)
     statuses = [each.status for each in results]
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
     troubles = [f"  {each.job.name}: {_named_error(each.error) or each.error}"
                 for each in results if each.status == "failed"]
+    places = {(each.study, each.group): {n.name for n in numbers if n[:2] == each[:2]} for each in numbers}
+    troubles += [f"  {study}, {group}: headline: no job has a number called {name!r}"
+                 for (study, group), names in places.items()
+                 for name in _labels(headlines, study, group) if name not in names]
     return "\n".join([f"{len(results)} jobs: {counts}; table and figure in {folder}", *troubles])
 
 
@@ -357,16 +383,16 @@ def _common_name(name: str, job: Job) -> str:
     return name
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     part = path.with_suffix(".part")
     with part.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, header)
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
     part.replace(path)
 
 
-def _draw(summary: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def _draw(numbers: Sequence[SeedNumber], folder: Path) -> None:
     """A panel for each study, group and parameters; a row for each number, its seeds, mean and interval."""
     import matplotlib
 
@@ -376,41 +402,62 @@ def _draw(summary: Sequence[Mapping[str, Any]], folder: Path) -> None:
     from lib import plots
 
     plots.use_house_style()
-    panels: dict[tuple, list] = {}
-    for row in summary:
-        panels.setdefault((row["study"], row["group"], row["parameters"]), []).append(row)
-    heights = [len(rows) + 2.5 for rows in panels.values()]
+    panels: dict[tuple, list[SeedNumber]] = {}
+    for number in numbers:
+        panels.setdefault((number.study, number.group, number.parameters), []).append(number)
+    heights = [len(rows) + 3 for rows in panels.values()]
     fig, axes = plt.subplots(
-        len(panels), 1, figsize=(plots.PAGE, 0.17 * sum(heights)), squeeze=False, height_ratios=heights
+        len(panels), 1, figsize=(plots.PAGE, 0.2 * sum(heights)), squeeze=False, height_ratios=heights
     )
     for ax, ((study, group, parameters), rows) in zip(axes[:, 0], panels.items(), strict=True):
-        for y, row in enumerate(rows):
-            ax.plot(list(row["values"].values()), [y] * row["n"], "o", color=plots.SKY, markersize=4)
-            ax.plot(row["mean"], y, "|", color=plots.BLACK, markersize=7)
-            text = f"{row['mean']:.3g}"
-            if row["low"] is not None:
-                ax.plot([row["low"], row["high"]], [y, y], color=plots.BLUE, linewidth=1.2)
-                text += f" [{row['low']:.3g}, {row['high']:.3g}]"
-            ax.annotate(f"{text}, n = {row['n']}", (1.01, y), xycoords=("axes fraction", "data"), va="center",
-                        fontsize=6.5)
-        ax.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=6.5)
-        ax.set_ylim(len(rows) - 0.4, -0.6)
-        ax.set_xscale("symlog", linthresh=1)
-        ax.axvline(0, color="0.85", linewidth=0.8, zorder=0)
-        given = "" if parameters == "{}" else "\n" + textwrap.shorten(parameters, 90)
-        ax.set_title(f"{study}, {group}: dots are {rows[0]['unit']}{given}", fontsize=8)
-    label = "value (linear to 1, then logarithmic); bar: mean, line: 95% t-interval over n"
+        several = len({other for *place, other in panels if place == [study, group]}) > 1
+        given = "\n" + textwrap.shorten(parameters, 90) if several else ""
+        ax.set_title(f"{study}, {group}{given}\n", fontsize=8.5)
+        _draw_rows(ax, rows)
+    label = "linear to 1, then logarithmic; tick: mean, band: its 95% t-interval, cut at the panel's edge"
     axes[-1, 0].set_xlabel(label, fontsize=7.5)
-    for suffix in ("svg", "png"):
-        fig.savefig(folder / f"between_seeds.{suffix}", metadata={"Date": None} if suffix == "svg" else None)
+    alt = "Numbers of each study by trained seed, with their mean and its 95% interval between seeds."
+    for suffix, metadata in (("svg", {"Date": None, "Title": alt}), ("png", {"Description": alt})):
+        fig.savefig(folder / f"between_seeds.{suffix}", metadata=metadata)
     plt.close(fig)
+
+
+def _draw_rows(ax: Any, rows: Sequence[SeedNumber]) -> None:
+    """One row a number: a mark a seed, each a little lower than the one before so that equal ones show."""
+    from lib import plots
+
+    units = list(rows[0].values)
+    heights = [0.4 * (i + 0.5) / len(units) - 0.2 for i in range(len(units))]
+    for unit, below, marker in zip(units, heights, itertools.cycle("osD^vP")):
+        found = [(row.values[unit], y + below) for y, row in enumerate(rows) if row.values[unit] is not None]
+        ax.plot(*zip(*found, strict=True) if found else ((), ()), marker, color=plots.BLUE, markersize=4,
+                label=unit.split("/")[-1])  # fmt: skip
+    for y, row in enumerate(rows):
+        if row.low is not None:
+            ax.plot([row.low, row.high], [y, y], color=plots.SKY, linewidth=7, solid_capstyle="butt",
+                    alpha=0.45, zorder=1)  # fmt: skip
+        ax.plot(row.mean, y, "|", color=plots.BLACK, markersize=9)
+        ax.annotate(row.summary, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7.5)
+    values = [0.0, *(value for row in rows for value in row.values.values() if value is not None)]
+    edge = 0.15 * (max(values) - min(values) or 1)
+    low, high = min(values) - edge, max(values) + edge
+    ticks = [sign * part * 10.0**power for sign in (-1, 1) for power in range(9) for part in (0.2, 0.5, 1)]
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xticks([0, *(tick for tick in ticks if low < tick < high)])
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+    ax.set(xlim=(low, high), ylim=(len(rows) - 0.4, -0.6))
+    ax.set_yticks(range(len(rows)), [row.label or row.name for row in rows], fontsize=7.5)
+    ax.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncol=min(len(units), 4), fontsize=7.5,
+              handletextpad=0.1, columnspacing=1)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit status."""
     match argv:
         case ["collect", path, folder]:
-            print(collect(read_sweep(Path(path)), Path(folder)))
+            print(collect(Path(path), Path(folder)))
             return 0
         case ["job", path, folder, name]:
             [job] = [job for job in read_sweep(Path(path)) if job.name == name]

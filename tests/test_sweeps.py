@@ -19,6 +19,7 @@ from scipy import stats
 
 from lib import ROOT
 from lib.record import validate_record
+from lib.seeds import read_numbers
 from sweeps import sweep
 
 TINY = {"dim": 64, "n_seeds": 2, "ranks": [1], "dims": [16]}
@@ -91,6 +92,7 @@ WRONG = [
     ({"02_neighbor_mixing": {"models": ["m"], "grid": {"noise": [-1]}}}, "noise: got -1; at least 0"),
     ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"out_dir": "x"}}}, "out_dir: the sweep sets it"),
     ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"seed": 1}}}, "seed: give it as seeds"),
+    ({"02_neighbor_mixing": {"models": ["m"], "headline": ["a"]}}, "headline: names of numbers, each with"),
     ({"02_neighbor_mixing": {"models": ["m", "m"]}}, "the same job is given 2 times"),
     ({"02_neighbor_mixing": {"models": ["organism/inductoin"]}}, "did you mean organism/induction?"),
     ({"02_neighbor_mixing": {"models": ["/no/such/folder"]}}, "/no/such/folder: there is no such folder"),
@@ -149,7 +151,7 @@ def test_failed_job_keeps_its_notebook_and_is_named_in_the_table(tmp_path, noteb
     write_notebook("assert p.seed != 2, 'no such walk'", MEASURE)
     assert sweep.run_job(good, tmp_path / "out", 60, notebooks) == ""
     assert "AssertionError: no such walk" in sweep.run_job(bad, tmp_path / "out", 60, notebooks)
-    said = sweep.collect([good, bad], tmp_path / "out", notebooks)
+    said = sweep.collect(tmp_path / "sweep.yaml", tmp_path / "out", notebooks)
     assert said.startswith("2 jobs: 1 done, 1 failed") and "AssertionError: no such walk" in said
     executed = tmp_path / "out" / bad.name / f"{bad.study}.ipynb"
     assert "no such walk" in executed.read_text()
@@ -176,7 +178,8 @@ def test_collected_table_holds_every_number_with_where_it_is_from(tmp_path, note
     jobs = jobs_of(tmp_path, [0, 1, 3])
     for job in jobs[:2]:
         assert sweep.run_job(job, tmp_path / "out", 60, notebooks) == ""
-    assert sweep.collect(jobs, tmp_path / "out", notebooks).startswith("3 jobs: 2 done, 1 not run")
+    collected = sweep.collect(tmp_path / "sweep.yaml", tmp_path / "out", notebooks)
+    assert collected.startswith("3 jobs: 2 done, 1 not run")
     rows = read_csv(tmp_path / "out" / "results.csv")
     assert [(row["seed"], row["status"], row["kind"], row["value"]) for row in rows] == [
         ("0", "done", "metric", "0.5"), ("0", "done", "metric", ""), ("0", "done", "claim", "0.3"),
@@ -185,13 +188,17 @@ def test_collected_table_holds_every_number_with_where_it_is_from(tmp_path, note
     ]  # fmt: skip
     assert rows[0]["name"] == "accuracy/organism/induction" and rows[1]["note"] == "nothing was lost"
     assert (rows[2]["low"], rows[2]["high"], rows[2]["verdict"]) == ("0.2", "0.4", "holds")
-    mean, claim = read_csv(tmp_path / "out" / "between_seeds.csv")
-    assert (float(mean["mean"]), mean["n"], mean["unit"]) == (pytest.approx(0.55), "2", "seeds")
-    assert float(claim["low"]) == float(claim["high"]) == 0.3
+    record = validate_record(tmp_path / "out" / jobs[0].name / jobs[0].study / "record.json")
+    assert (rows[0]["code"], rows[0]["commit"][:40]) == (record.code, record.commit)
+    mean, lost, claim = read_numbers(tmp_path / "out" / "between_seeds.csv")
+    assert (mean.mean, mean.n, mean.unit) == (pytest.approx(0.55), 2, "seeds")
+    assert mean.values == {"0": 0.5, "1": 0.6, "3": None}
+    assert (lost.mean, lost.low, lost.n, lost.summary) == (None, None, 0, "no value")
+    assert claim.low == claim.high == 0.3 and claim.verdicts == {"0": "holds", "1": "holds", "3": "none"}
     for suffix in ("svg", "png"):
         assert (tmp_path / "out" / f"between_seeds.{suffix}").stat().st_size > 1000
     figure = (tmp_path / "out" / "between_seeds.svg").read_bytes()
-    sweep.collect(jobs, tmp_path / "out", notebooks)
+    sweep.collect(tmp_path / "sweep.yaml", tmp_path / "out", notebooks)
     assert (tmp_path / "out" / "between_seeds.svg").read_bytes() == figure
 
 
@@ -203,17 +210,38 @@ def row(model: str, seed: int, value: float | None, name: str = "a") -> dict:
 def test_interval_is_over_models_where_a_group_has_several_else_over_seeds():
     rows = [row("m0", 0, 1.0), row("m0", 1, 3.0), row("m1", 0, 4.0), row("m1", 1, 4.0)]
     [found] = sweep.between_seeds(rows)
-    assert (found["mean"], found["n"], found["unit"]) == (3.0, 2, "models")
-    assert found["values"] == {"m0": 2, "m1": 4}
+    assert (found.mean, found.n, found.unit) == (3.0, 2, "models")
+    assert found.values == {"m0": 2, "m1": 4}
     [found] = sweep.between_seeds([row("m0", 0, 1.0), row("m0", 1, 3.0), row("m0", 2, None)])
-    assert (found["mean"], found["n"], found["unit"]) == (2.0, 2, "seeds")
+    assert (found.mean, found.n, found.unit) == (2.0, 2, "seeds")
+    assert found.values == {"0": 1, "1": 3, "2": None}
+
+
+def test_model_that_lacks_a_number_is_no_part_of_its_mean():
+    rows = [row("m0", 0, 1.0), row("m1", 0, 2.0, "b"), row("m2", 0, None, "")]
+    first, second = sweep.between_seeds(rows)
+    assert (first.mean, first.low, first.n, first.values) == (1.0, None, 1, {"m0": 1, "m1": None, "m2": None})
+    assert second.values == {"m0": None, "m1": 2, "m2": None}
+
+
+def test_headline_numbers_come_first_in_their_order_and_unknown_ones_are_told(tmp_path, notebooks):
+    rows = [row("m", 0, 1.0), row("m", 0, 2.0, "b/g"), row("m", 0, 3.0, "c")]
+    found = sweep.between_seeds(rows, {"s": {"c": "see", "b/{group}": "be"}})
+    assert [(number.name, number.label) for number in found] == [("c", "see"), ("b/g", "be"), ("a", "")]
+    entry = {"models": ["organism/induction"], "headline": {"rises": "accuracy", "raises": "what is not"}}
+    path = write(tmp_path, **{"01_induction_ablation": entry})
+    [job] = sweep.read_sweep(path)
+    assert sweep.run_job(job, tmp_path / "out", 60, notebooks) == ""
+    said = sweep.collect(path, tmp_path / "out", notebooks)
+    assert "headline: no job has a number called 'raises'" in said and "'rises'" not in said
 
 
 def test_t_interval_is_that_of_the_t_test_and_none_for_one_value():
     values = [0.3, 0.5, 0.4]
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert sweep.t_interval(values) == pytest.approx((np.mean(values), low, high, 3))
-    assert sweep.t_interval([2.0]) == (2.0, None, None, 1)
+    assert sweep.t_interval(values) == pytest.approx((np.mean(values), low, high))
+    assert sweep.t_interval([2.0]) == (2.0, None, None)
+    assert sweep.t_interval([]) == (None, None, None)
 
 
 def test_number_named_after_its_model_is_compared_between_seeds():
@@ -290,7 +318,7 @@ def test_killed_sweep_resumes_and_redoes_nothing(tmp_path, snakemake):
     assert run.returncode == 0 and "2 jobs: 2 done" in said, said
     after = identities(out)
     assert len(after) == 2 and before.items() <= after.items(), "a finished job ran again"
-    assert {row["n"] for row in read_csv(out / "between_seeds.csv")} == {"2"}
+    assert {number.n for number in read_numbers(out / "between_seeds.csv")} == {2}
     for job in sweep.read_sweep(path):
         assert json.loads((out / job.name / "job.json").read_text())["seed"] == job.seed
         validate_record(out / job.name / job.study / "record.json")

@@ -1,0 +1,130 @@
+"""What differs between models that differ by their training seed: the file that a sweep leaves, and its
+headline numbers as the notebooks quote them.
+
+`sweeps/sweep.py` writes between_seeds.csv for any sweep; that of the models of this repository is kept in
+`sweeps/seeds/`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lib import ROOT
+
+SHIPPED = ROOT / "sweeps" / "seeds" / "between_seeds.csv"
+
+
+class SeedsError(ValueError):
+    """The numbers between seeds can not be read, or do not cover the study."""
+
+
+class SeedNumber(NamedTuple):
+    """One metric or claim of a study, by model or seed, with Student's 95% interval of the mean.
+
+    A unit without a value had none to measure and does not count in n; one value makes no interval.
+    """
+
+    study: str
+    group: str  # models that are seeds of one another
+    parameters: str  # JSON, as the sweep gave them
+    kind: str  # metric or claim
+    name: str
+    label: str  # in words, of a headline number; else empty
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unit: str  # what values are by: models or seeds
+    values: dict[str, float | None]
+    verdicts: dict[str, str]  # of a claim
+
+    @property
+    def summary(self) -> str:
+        """Mean, interval and n in words."""
+        if self.mean is None:
+            return "no value"
+        if self.low is None:
+            return f"{_number(self.mean)}, n = 1: no interval"
+        if self.low == self.high:
+            return f"{_number(self.mean)}, no spread, n = {self.n}"
+        return f"{_number(self.mean)} [{_number(self.low)}, {_number(self.high)}], n = {self.n}"
+
+
+def write_numbers(path: Path, numbers: Iterable[SeedNumber]) -> None:
+    """Write numbers as CSV, in one step."""
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(SeedNumber._fields)
+        for each in numbers:
+            table.writerow(each._replace(values=json.dumps(each.values), verdicts=json.dumps(each.verdicts)))
+    part.replace(path)
+
+
+def read_numbers(path: str | Path = SHIPPED) -> list[SeedNumber]:
+    """The numbers of a between_seeds.csv.
+
+    Raises:
+        SeedsError: the file is missing, or is not one that a sweep wrote.
+    """
+    remedy = "take it from the repository, or write it by `make sweep` (sweeps/README.md)"
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            header, *lines = csv.reader(file)
+        if tuple(header) != SeedNumber._fields:
+            raise ValueError(f"its columns are {', '.join(header)}")
+        return [_parsed(SeedNumber(*line)) for line in lines]
+    except FileNotFoundError:
+        raise SeedsError(f"{path}: there is no such file; {remedy}") from None
+    except (ValueError, TypeError) as error:
+        raise SeedsError(f"{path}: no numbers between seeds ({error}); {remedy}") from None
+
+
+def seeds_table(study: str, path: str | Path = SHIPPED) -> str:
+    """Headline numbers of a study for each of its trained seeds, as text.
+
+    The numbers are those of the models and parameters in the file, whatever model a notebook runs on.
+
+    Raises:
+        SeedsError: see `read_numbers`; or the file has no headline numbers of this study.
+    """
+    numbers = [each for each in read_numbers(path) if each.label]
+    chosen = [each for each in numbers if each.study == study]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(each.study for each in numbers)) or "none"
+        raise SeedsError(f"{path}: no headline numbers of {study!r}; there are those of {known}")
+    parts = []
+    for group, parameters in dict.fromkeys((each.group, each.parameters) for each in chosen):
+        rows = [each for each in chosen if (each.group, each.parameters) == (group, parameters)]
+        units = list(rows[0].values)
+        title = f"{rows[0].unit}: {', '.join(units)}"
+        lines = [["", *(["each"] + [""] * (len(units) - 1)), "mean [95% t-interval]", "claim"]]
+        lines += [[each.label, *(_number(each.values[unit]) for unit in units), each.summary, _verdicts(each)]
+                  for each in rows]  # fmt: skip
+        parts.append(f"{title}\n{_aligned(lines)}")
+    return "\n\n".join(parts)
+
+
+def _parsed(row: SeedNumber) -> SeedNumber:
+    mean, low, high = (float(text) if text else None for text in (row.mean, row.low, row.high))
+    return row._replace(mean=mean, low=low, high=high, n=int(row.n), values=json.loads(row.values),
+                        verdicts=json.loads(row.verdicts))  # fmt: skip
+
+
+def _verdicts(number: SeedNumber) -> str:
+    """One word where all units agree, else one each."""
+    found = list(number.verdicts.values())
+    return found[0] if len(set(found)) == 1 else ", ".join(found)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value + 0.0:.3g}"  # + 0.0: no "-0"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
