@@ -40,8 +40,8 @@ def _show_error(
     shell: Any, kind: type, error: BaseException, traceback: types.TracebackType, tb_offset: int | None = None
 ) -> None:
     frames = _frames(traceback)
-    own = [frame for frame in frames if not _is_foreign(frame)]
-    if not own or not any("nnsight" in _package_parts(frame) for frame in frames):
+    own = _own_frames(frames)
+    if not own or not any(map(_is_nnsight, frames)):
         shell.showtraceback((kind, error, traceback), running_compiled_code=True)
         return
     if not hasattr(error, "__intervention_tb__"):  # the model itself stumbled, over what a block gave it
@@ -49,9 +49,10 @@ def _show_error(
     cut = None
     for frame in reversed(own):
         cut = types.TracebackType(cut, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
-    context = 3 if len(own) <= 3 else 1
+    context = 3 if len(own) <= 3 else 2
     lines = shell.InteractiveTB.structured_traceback(kind, error, cut, tb_offset=0, context=context)
-    lines.append("(lines of the notebook and of lib; %tb shows all)")
+    if is_attended():
+        lines.append("(lines of the notebook and of lib; %tb shows all)")
     shell._showtraceback(kind, error, lines)
     sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback  # what %tb shows
 
@@ -64,15 +65,30 @@ def _frames(traceback: types.TracebackType | None) -> list[types.TracebackType]:
     return found
 
 
+def _own_frames(frames: list[types.TracebackType]) -> list[types.TracebackType]:
+    """Frames of the notebook and of lib, without the head of a block where a line of the block follows."""
+    own = [i for i, frame in enumerate(frames) if not _is_foreign(frame)]
+    heads = {i for i in own if i + 1 < len(frames) and _is_nnsight(frames[i + 1])}
+    files = [_file(frame) for frame in frames]
+    return [frames[i] for i in own if not (i in heads and files[i] in files[i + 1 :])]
+
+
+def _is_nnsight(frame: types.TracebackType) -> bool:
+    return _package_parts(frame)[:1] == ("nnsight",)
+
+
+def _file(frame: types.TracebackType) -> str:
+    return frame.tb_frame.f_code.co_filename
+
+
 def _is_foreign(frame: types.TracebackType) -> bool:
     """Whether a frame is of an installed package or of Python itself."""
-    file = frame.tb_frame.f_code.co_filename
-    return bool(_package_parts(frame)) or file.startswith(("<frozen", sysconfig.get_path("stdlib")))
+    return bool(_package_parts(frame)) or _file(frame).startswith(("<frozen", sysconfig.get_path("stdlib")))
 
 
 def _package_parts(frame: types.TracebackType) -> tuple[str, ...]:
     """The path of a frame's file within site-packages; () when it is elsewhere."""
-    parts = Path(frame.tb_frame.f_code.co_filename).parts
+    parts = Path(_file(frame)).parts
     places = [i for i, part in enumerate(parts) if part in ("site-packages", "dist-packages")]
     return parts[places[-1] + 1 :] if places else ()
 
