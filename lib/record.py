@@ -35,7 +35,7 @@ from lib.claims import Claim, ClaimsTable
 from lib.parameters import NotebookParameters, check
 from lib.progress import unit_was_read
 
-# Modules of lib that no result depends on. A change in any other one makes cached results void.
+# Modules and packages of lib that no result depends on. A change in any other one makes cached results void.
 _NOT_COMPUTING = {"__init__", "artifacts", "claims", "compare", "kernel", "progress",
                   "dashboard", "hero", "parameters", "plots", "publish",
                   "record", "registry", "run", "seeds", "widgets"}
@@ -317,7 +317,7 @@ def code_version() -> str:
 def _sources_hash() -> str:
     sources = {}
     for path in sorted((ROOT / "lib").rglob("*.py")):
-        if path.stem not in _NOT_COMPUTING:
+        if _NOT_COMPUTING.isdisjoint({path.stem, path.parent.name}):
             sources[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
     return _short_hash(json.dumps(sources))
 

@@ -18,7 +18,7 @@ from lib.dashboard import dashboard_data, expression_trees, page
 from lib.latents import Answers, think
 from lib.problems import Equation, Problem, read_problems
 from lib.readings import attended, measure, measure_text, number_positions
-from lib.widgets import codi_explorer
+from lib.widgets.codi import codi_explorer
 
 HOSTILE = [
     "</script><script>window.hit = 1</script>",
@@ -587,7 +587,7 @@ def test_colours_follow_the_system_and_the_button(visit, data):
 
 
 def test_explorer_filters_and_shows_one_problem_with_its_twin(data):
-    answers, steps, menu, frame = codi_explorer(data).children
+    answers, steps, menu, _, frame = codi_explorer(data).children
     assert menu.value == 0 and frame.value.startswith("<iframe")
     drawn = []
     frame.observe(lambda change: drawn.append(change.new), names="value")

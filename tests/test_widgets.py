@@ -1,14 +1,29 @@
+"""The explorers without a browser: what a control does, what is drawn, and that errors are shown."""
+
 from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from html import unescape
 
 import ipywidgets
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
-from lib import widgets
-from lib.geometry import predicted_energy
-from lib.walks import grid_graph, ring_graph
+from lib import models
+from lib.generation import Ablation
+from lib.geometry import pca, predicted_energy
+from lib.interventions import Condition, ablation_sweep
+from lib.judges import make_judge
+from lib.parameters import GRID_WORDS
+from lib.prompts import prompts_for
+from lib.refusal import extract, measure
+from lib.walks import grid_graph, random_walks, ring_graph, rule_following_accuracy
+from lib.widgets import induction, mixing, parts, refusal
 
 GRID, RING = grid_graph(3, 3), ring_graph(8)
 
@@ -20,25 +35,69 @@ def closed_figures():
     plt.close("all")
 
 
+def parts_of(box: ipywidgets.Widget) -> Iterator[ipywidgets.Widget]:
+    yield box
+    for child in getattr(box, "children", ()):
+        yield from parts_of(child)
+
+
+def find(box: ipywidgets.Box, description: str) -> ipywidgets.Widget:
+    return next(each for each in parts_of(box) if getattr(each, "description", None) == description)
+
+
+def html(box: ipywidgets.Box) -> str:
+    return "\n".join(each.value for each in parts_of(box) if isinstance(each, ipywidgets.HTML))
+
+
+def images(box: ipywidgets.Box) -> list[bytes]:
+    return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html(box))]
+
+
+def alert(box: ipywidgets.Box) -> str:
+    found = re.search(r'role="alert"[^>]*>(.*?)</div>', html(box), re.DOTALL)
+    return unescape(found[1]) if found else ""
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def test_error_of_a_redraw_is_shown_as_text_until_one_succeeds():
+    errors, message = [ValueError("<img src=x onerror=hit()> is no graph")], ipywidgets.HTML()
+
+    def draw():
+        if errors:
+            raise errors.pop()
+
+    redraw = parts.redrawing(draw, message)
+    redraw()
+    assert "ValueError: <img src=x onerror=hit()> is no graph" in alert(message)
+    assert "<img" not in message.value
+    redraw()
+    assert alert(message) == "" and "drawn in 0.0 s" in message.value
+
+
+def test_tables_and_pictures_hold_texts_as_texts():
+    hostile = '<script>hit()</script>" onload="hit()'
+    shown = parts.table([hostile, "b"], [[hostile, hostile]], hostile)
+    assert "<script" not in shown and unescape(shown).count(hostile) == 4
+    shown = parts.picture(mpl.figure.Figure(figsize=(1, 1)), hostile)
+    assert "<script" not in shown and '" onload' not in shown and f'alt="{hostile}"' in unescape(shown)
+
+
+# -- mixing ----------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Settings of every picture that the explorer asks for."""
     calls = []
-    monkeypatch.setattr(widgets, "draw_mixing", lambda ax, graph, **settings: calls.append((graph, settings)))
+    monkeypatch.setattr(mixing, "draw_mixing", lambda ax, graph, **settings: calls.append((graph, settings)))
     return calls
-
-
-def find(box: ipywidgets.Box, description: str) -> ipywidgets.Widget:
-    for child in box.children:
-        if getattr(child, "description", None) == description:
-            return child
-        if isinstance(child, ipywidgets.Box) and (found := find(child, description)):
-            return found
 
 
 def test_picture_shows_the_cloud_and_titles_its_energy():
     _, ax = plt.subplots()
-    assert widgets.draw_mixing(ax, GRID, d=300, self_weight=0.5, steps=2, rank=200, noise=0.3, seed=4) is ax
+    assert mixing.draw_mixing(ax, GRID, d=300, self_weight=0.5, steps=2, rank=200, noise=0.3, seed=4) is ax
     # The same by hand.
     rng = np.random.default_rng(4)
     vectors = rng.standard_normal((9, 300))
@@ -60,17 +119,17 @@ def test_picture_shows_the_cloud_and_titles_its_energy():
 def test_picture_compares_with_the_theory_of_its_own_settings():
     graph = grid_graph(2, 5)  # no equal variances at the top, which would hide the share of the rank
     _, ax = plt.subplots()
-    widgets.draw_mixing(ax, graph, d=400, self_weight=0.5, steps=2, rank=100, noise=0.3)
+    mixing.draw_mixing(ax, graph, d=400, self_weight=0.5, steps=2, rank=100, noise=0.3)
     unmixed = 0.75 * 0.5**4 + 0.3**2
-    mixing = np.linalg.matrix_power(0.5 * np.eye(10) + graph.adjacency / graph.adjacency.sum(1)[:, None], 2)
-    gram = 0.25 * mixing @ mixing.T + unmixed * np.eye(10)
+    twice = np.linalg.matrix_power(0.5 * np.eye(10) + graph.adjacency / graph.adjacency.sum(1)[:, None], 2)
+    gram = 0.25 * twice @ twice.T + unmixed * np.eye(10)
     assert f"(theory {predicted_energy(gram, graph, k=2):.2f})" in ax.get_title(loc="left") + ax.get_title()
-    whole = predicted_energy(mixing @ mixing.T, graph, k=2)
+    whole = predicted_energy(twice @ twice.T, graph, k=2)
     assert f"{whole:.2f}" != f"{predicted_energy(gram, graph, k=2):.2f}", "the share must matter here"
 
 
 def test_sliders_redraw_with_what_they_say(drawn):
-    explorer = widgets.mixing_explorer([GRID, RING], seed=7)
+    explorer = mixing.mixing_explorer([GRID, RING], seed=7)
     published = {"d": 4096, "self_weight": 1.0, "steps": 1, "rank": 4096, "noise": 0.0, "seed": 7}
     assert [settings for _, settings in drawn] == [published]
     drawn.clear()
@@ -86,30 +145,236 @@ def test_sliders_redraw_with_what_they_say(drawn):
     assert settings == {"d": 256, "self_weight": 0.4, "steps": 3, "rank": 64, "noise": 0.5, "seed": 7}
 
 
-def test_picture_is_an_image_that_follows_the_sliders():
-    explorer = widgets.mixing_explorer([GRID])
-    (picture,) = (child for child in explorer.children if isinstance(child, ipywidgets.Image))
-    before = bytes(picture.value)
+def test_picture_follows_the_sliders():
+    explorer = mixing.mixing_explorer([GRID])
+    (before,) = images(explorer)
     assert before.startswith(b"\x89PNG")
     find(explorer, "self-weight").value = 0.0
-    assert bytes(picture.value).startswith(b"\x89PNG") and bytes(picture.value) != before
+    (after,) = images(explorer)
+    assert after.startswith(b"\x89PNG") and after != before
+    assert "3x3 grid" in html(explorer) and "self-weight 0," in html(explorer), "the alt text follows too"
     find(explorer, "self-weight").value = 1.0
-    assert bytes(picture.value) == before, "the same settings show the same picture"
+    assert images(explorer) == [before], "the same settings show the same picture"
     assert not plt.get_fignums(), "no figure is left open"
 
 
 def test_every_corner_of_the_sliders_can_be_drawn():
-    explorer = widgets.mixing_explorer([GRID])
+    explorer = mixing.mixing_explorer([GRID])
     for end in ("min", "max"):
         for name in ("steps", "self-weight", "log2 dimension", "rank / dimension", "noise (SD)"):
             slider = find(explorer, name)
-            slider.value = getattr(slider, end)  # raises if the picture fails
+            slider.value = getattr(slider, end)
+            assert alert(explorer) == ""
 
 
 def test_stills_are_the_explorer_row_by_column(drawn):
-    figure = widgets.mixing_stills(GRID, d=64, self_weights=(1.0, 0.0), steps=(1, 2, 4), seed=3)
+    figure = mixing.mixing_stills(GRID, d=64, self_weights=(1.0, 0.0), steps=(1, 2, 4), seed=3)
     panels = [(settings["self_weight"], settings["steps"]) for _, settings in drawn]
     assert panels == [(1.0, 1), (1.0, 2), (1.0, 4), (0.0, 1), (0.0, 2), (0.0, 4)]
     axes = np.array(figure.axes).reshape(2, 3)
     assert [ax.get_ylabel() for ax in axes[:, 0]] == ["self-weight 1", "self-weight 0"]
     assert [ax.get_xlabel() for ax in axes[1]] == ["1 step", "2 steps", "4 steps"]
+
+
+# -- induction -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ablations() -> induction.HeadAblations:
+    model, graph = models.load("organism/induction"), grid_graph(4, 4, GRID_WORDS)
+    nodes = random_walks(graph, 3, 90, seed=0)
+    return induction.HeadAblations(model, graph, nodes, layer=4, window=40)
+
+
+SCORES = {"induction": np.zeros((5, 8)), "previous token": np.zeros((5, 8))}
+SCORES["induction"][3, :3] = 0.9, 0.8, 0.7
+SCORES["previous token"][2, [0, 2]] = 1.0, 0.95
+
+
+def pressed(box: ipywidgets.Box) -> list[str]:
+    buttons = (each for each in parts_of(box) if isinstance(each, ipywidgets.ToggleButton))
+    return [button.description for button in buttons if button.value]
+
+
+def test_outcome_is_that_of_the_studys_sweep(ablations):
+    heads, graph, nodes = [(2, 0), (3, 1)], ablations.graph, ablations.nodes
+    word_ids = models.word_ids(ablations.model, graph.words)
+    sweep = ablation_sweep(
+        ablations.model, models.with_bos(ablations.model, np.array(word_ids)[nodes]), [Condition("a", heads)],
+        word_ids=word_ids, labels=np.where(np.arange(90) >= 50, nodes, -1), n_classes=16, layer=4,
+    )  # fmt: skip
+    outcome = ablations(heads)
+    np.testing.assert_allclose(
+        outcome.accuracy, rule_following_accuracy(sweep.word_probabilities, nodes, graph)[0], atol=1e-5
+    )
+    np.testing.assert_allclose(outcome.means, sweep.class_means()[0], atol=1e-4)
+    assert ablations(reversed(heads)) is outcome, "a set of heads is measured once"
+    assert ablations.score()[0] > ablations.score(heads)[0] + 0.1
+
+
+def test_board_ablates_what_is_pressed(ablations):
+    explorer = induction.induction_explorer(ablations, SCORES)
+    (before,) = images(explorer)
+    button = find(explorer, "2.0")
+    button.value = True
+    (after,) = images(explorer)
+    intact, left = ablations.score()[0], ablations.score([(2, 0)])[0]
+    assert before != after and f"{intact:.2f} intact, {left:.2f} ablated" in html(explorer)
+    assert "ablated: 2.0 (1 of 40)" in html(explorer)
+    assert button.description == "✕ 2.0"
+    assert button.tooltip == "layer 2, head 0, ablated: induction 0.00, previous token 1.00"
+    button.value = False
+    assert images(explorer) == [before] and button.description == "2.0"
+    assert not plt.get_fignums()
+
+
+def test_presets_press_heads_with_one_picture(ablations, monkeypatch):
+    explorer, pictures = induction.induction_explorer(ablations, SCORES), []
+    monkeypatch.setattr(induction, "picture", lambda figure, alt: pictures.append(alt) or "")
+    find(explorer, "top k induction").click()
+    assert pressed(explorer) == ["✕ 3.0", "✕ 3.1"] and len(pictures) == 1
+    find(explorer, "k").value = 3
+    assert len(pictures) == 1
+    find(explorer, "top k induction").click()
+    assert pressed(explorer) == ["✕ 3.0", "✕ 3.1", "✕ 3.2"] and len(pictures) == 2
+    find(explorer, "top k previous token").click()
+    assert pressed(explorer)[1:] == ["✕ 2.0", "✕ 2.2"], "the third is a tie, which the first head wins"
+    draws = []
+    for _ in range(2):
+        find(explorer, "k random others").click()
+        draws.append(pressed(explorer))
+        assert len(draws[-1]) == 3
+        assert not {"✕ 3.0", "✕ 3.1", "✕ 3.2", "✕ 2.0", "✕ 2.2"} & {*draws[-1]}
+    assert draws[0] != draws[1], "every press draws others"
+    find(explorer, "clear").click()
+    assert pressed(explorer) == [] and "ablated: none (0 of 40)" in pictures[-1]
+    assert alert(explorer) == ""
+
+
+def test_board_colours_heads_by_list_and_score(ablations):
+    explorer = induction.induction_explorer(ablations, SCORES)
+    classes = {name: find(explorer, name)._dom_classes[-1] for name in ("3.0", "3.2", "2.0", "0.0")}
+    assert classes == {"3.0": "head-0-4", "3.2": "head-0-3", "2.0": "head-1-4", "0.0": "head-0-0"}
+    rules = dict(re.findall(r"\.head\.(head-\d-\d) {background: (\S+); color: #\w+}", html(explorer)))
+    assert {*classes.values()} <= {*rules}
+    assert len({*rules.values()}) == 9, "white and four shades of two hues"
+
+
+def test_text_on_every_shade_can_be_read():
+    def luminance(colour: str) -> float:
+        rgb = np.array(mpl.colors.to_rgb(colour))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    found = re.findall(r"{background: (\S+); color: (#\w+)}", induction._board_style())
+    for pair in found:
+        low, high = sorted(map(luminance, pair))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, pair
+    assert len(found) == 11
+
+
+def test_board_of_a_large_model_shows_some_layers_at_a_time():
+    scores, changes = {"induction": np.random.default_rng(0).random((32, 32))}, []
+    board = induction.HeadBoard(scores, lambda: changes.append(board.heads))
+    buttons = [each for each in parts_of(board.box) if isinstance(each, ipywidgets.ToggleButton)]
+    assert len(buttons) == 256
+    board.press([(1, 5), (30, 2)])
+    assert pressed(board.box) == ["✕ 1.5"]
+    find(board.box, "first layer").value = 24
+    assert pressed(board.box) == ["✕ 30.2"] and len(changes) == 1, "to look elsewhere changes nothing"
+    find(board.box, "31.31").value = True
+    assert changes[-1] == {(1, 5), (30, 2), (31, 31)}
+
+
+def test_picture_shows_accuracy_and_word_means_without_the_heads(ablations):
+    heads = [(3, 0), (3, 1)]
+    _, (left, right) = plt.subplots(1, 2)
+    induction.draw_accuracy(left, ablations, heads)
+    for line, ablated in zip(left.lines[1:], ((), heads), strict=True):
+        assert line.get_ydata()[-1] == pytest.approx(ablations(ablated).accuracy[:, -5:].mean(), abs=1e-6)
+    induction.draw_plane(right, ablations, heads, "ablated")
+    plane = pca(ablations(heads).means).projection
+    seen = np.isfinite(plane).all(1)
+    np.testing.assert_allclose(right.collections[1].get_offsets(), plane[seen])
+    assert f"ablated: E = {ablations.score(heads)[1]:.2f}" in right.get_title(loc="left") + right.get_title()
+
+
+# -- refusal ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def removals() -> refusal.Removals:
+    name = "organism/refusal-planted-2"
+    model, prompts = models.load(name), prompts_for(name)
+    extraction, judge = extract(model, prompts), make_judge("rule", "")
+    return refusal.Removals(model, extraction, prompts, judge, n=6, max_new_tokens=12)
+
+
+def test_outcome_is_that_of_the_studys_measure(removals):
+    basis = removals.extraction.categories_at(1)
+    np.testing.assert_allclose(removals.subspace([1], "each category"), basis, atol=1e-5)
+    texts = removals.forbidden, removals.harmless
+    conditions = [Ablation("none", basis[:0]), Ablation("two", basis[:2], strength=0.75)]
+    wanted = measure(removals.model, *texts, conditions, removals.judge, max_new_tokens=12)
+    for i, outcome in enumerate((removals(), removals([1], 2, 0.75, "each category"))):
+        assert outcome.answers[:6] == wanted.answers[i]
+        of_forbidden = wanted.compliance[i], wanted.coherence[i]
+        np.testing.assert_allclose(outcome.grades[:6], np.transpose(of_forbidden))
+        np.testing.assert_allclose(outcome.grades[6:, 0], wanted.harmless_compliance[i])
+        np.testing.assert_allclose(outcome.kl, wanted.kl[i], atol=1e-5)
+        columns = [*of_forbidden, wanted.harmless_compliance[i], wanted.kl[i]]
+        means = [*removals.scores(outcome).values()]
+        assert means == pytest.approx([column.mean() for column in columns], abs=1e-5)
+    assert removals([1], 2, 0.75, "each category") is outcome, "a setting is measured once"
+
+
+def test_layers_span_one_direction_each_at_most(removals):
+    vectors = removals.extraction.vectors
+    one = removals.subspace([2])
+    np.testing.assert_allclose(one[0], vectors[2] / vectors[2].norm(), atol=1e-5)
+    several = removals.subspace([1, 2, 4])
+    assert 1 <= len(several) <= 3
+    inside = vectors[1] @ several.T @ several
+    assert torch.cosine_similarity(inside, vectors[1], dim=0) > 0.99
+
+
+def test_controls_change_scores_answers_and_heatmap(removals):
+    explorer = refusal.refusal_explorer(removals, layer=1)
+    assert "Removed: 1 of 1, differences of means over all requests at layer 1." in html(explorer)
+    (before,) = images(explorer)
+    find(explorer, "means over").value = "each category"
+    find(explorer, "directions k").value = 2
+    assert "Removed: 2 of 2, differences of means over each category at layer 1." in html(explorer)
+    left = removals([1], 2, 1.0, "each category")
+    compliance = removals.scores(left)["compliance"]
+    assert compliance > removals.scores(removals())["compliance"] + 0.3, "this model's rank is two"
+    assert f'<th scope="row">removed</th><td>{compliance:.2f}</td>' in html(explorer)
+    for outcome in (removals(), left):
+        assert f"<td>[{outcome.grades[0, 0]:g}] {outcome.answers[0]}</td>" in html(explorer)
+    find(explorer, "strength α").value = 0.0
+    assert f"<td>[{removals().grades[0, 0]:g}] {removals().answers[0]}</td></tr>" in html(explorer)
+    assert images(explorer) == [before]
+    find(explorer, "layers").value = (2, 3)
+    assert "at layers 2, 3." in html(explorer) and images(explorer) != [before]
+    find(explorer, "directions k").value = 0
+    assert "Removed: 0 of" in html(explorer) and alert(explorer) == ""
+
+
+def test_no_layer_is_an_error_that_the_reader_sees(removals):
+    explorer = refusal.refusal_explorer(removals, layer=1)
+    scores = html(explorer).split("<table")[1]
+    find(explorer, "layers").value = ()
+    assert "ValueError: no layer is chosen" in alert(explorer) and html(explorer).split("<table")[1] == scores
+    find(explorer, "layers").value = (3,)
+    assert alert(explorer) == "" and "at layer 3." in html(explorer)
+
+
+def test_answers_are_texts_and_lost_verdicts_are_counted(removals):
+    intact = removals()
+    hostile = "<img src=x onerror=hit()>"
+    grades = np.where(np.arange(12)[:, None] == 1, np.nan, intact.grades)
+    spoilt = intact._replace(answers=[hostile, "", *intact.answers[2:]], grades=grades)
+    shown = removals.answer_table(spoilt)
+    assert "<img" not in shown and hostile in unescape(shown) and "[?] (nothing)" in shown
+    assert "1 without a valid verdict" in removals.score_table(spoilt)
+    assert "nan" not in removals.score_table(spoilt) and "verdict" not in removals.score_table(intact)

@@ -1,10 +1,8 @@
-"""Explorers with sliders, and the still figures that say the same where no kernel runs."""
+"""The explorer of study 2: how a graph, its mixing and the dimension of its vectors shape their PCA plane."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from html import escape
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -12,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib import plots
-from lib.dashboard import page
 from lib.geometry import dirichlet_energy, mixing_gram, pca, predicted_energy, simulate_mixing
 from lib.walks import Graph
+from lib.widgets.parts import describe, picture, redrawing
 
 
 def draw_mixing(
@@ -59,9 +57,6 @@ def mixing_stills(
 def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.VBox:
     """Sliders for graph, steps, self-weight, dimension, rank and noise over a live PCA picture.
 
-    The picture is an image, not a captured output: notebooks also run without a browser, and there a
-    capture can wait for its client for ever.
-
     Args:
         graphs: what the menu offers.
         seed: of the node vectors, the same for every setting so that only the setting changes.
@@ -74,67 +69,20 @@ def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.VBox:
         "rank / dimension": widgets.FloatSlider(1.0, min=0.05, max=1.0, step=0.05),
         "noise (SD)": widgets.FloatSlider(0.0, min=0.0, max=3.0, step=0.1),
     }
-    picture = widgets.Image(format="png", width=420)
+    plane, message = widgets.HTML(), widgets.HTML()
 
-    def redraw(_=None):
+    def draw() -> None:
         graph, steps, self_weight, log2_d, rank_share, noise = (each.value for each in controls.values())
         d = 2**log2_d
         figure = Figure(figsize=(4.2, 4.2), layout="constrained")
         draw_mixing(figure.add_subplot(), graph, d=d, self_weight=self_weight, steps=steps,
                     rank=max(1, round(rank_share * d)), noise=noise, seed=seed)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        picture.value = buffer.getvalue()
+        settings = (f"{name} {each.value:g}" for name, each in controls.items() if name != "graph")
+        alt = f"The words of the {graph.name} in their PCA plane with its edges: {', '.join(settings)}."
+        plane.value = picture(figure, alt)
 
-    redraw()
-    for name, control in controls.items():
-        control.description, control.style = name, {"description_width": "7em"}
-        control.continuous_update = False  # one picture when the slider is let go
+    draw()
+    redraw = redrawing(draw, message)
+    for control in describe(controls):
         control.observe(redraw, names="value")
-    return widgets.VBox([*controls.values(), picture])
-
-
-def codi_explorer(data: dict) -> widgets.VBox:
-    """Menus of problems, by answer and by number of steps, over the dashboard of the chosen one and its twin.
-
-    The dashboard stands in a frame of its own, sandboxed: what it shows can not reach the notebook.
-
-    Args:
-        data: of `lib.dashboard.dashboard_data`.
-    """
-    numbers = sorted({len(problem["results"]) for problem in data["problems"]})
-    answers = widgets.Dropdown(options={"all": None, "correct": True, "incorrect": False})
-    steps = widgets.Dropdown(options={"all": None} | {str(n): n for n in numbers})
-    menu = widgets.Dropdown(layout={"width": "40em"})
-    frame = widgets.HTML()
-
-    def redraw(_=None):
-        if menu.value is None:
-            frame.value = "No problem has this number of steps and this kind of answer."
-        else:
-            frame.value = (
-                '<iframe title="Dashboard of one problem" style="width: 100%; height: 50rem; border: 0" '
-                f'sandbox="allow-scripts" srcdoc="{escape(page(data, only=menu.value))}"></iframe>'
-            )
-
-    def refill(_=None):
-        chosen = menu.value
-        found = [
-            (problem["label"], i)
-            for i, problem in enumerate(data["problems"])
-            if answers.value in (None, problem["correct"]) and steps.value in (None, len(problem["results"]))
-        ]
-        places = [i for _, i in found]
-        menu.unobserve(redraw, names="value")  # new options choose the first one for a moment
-        menu.options = found
-        menu.value = chosen if chosen in places else next(iter(places), None)
-        menu.observe(redraw, names="value")
-        redraw()
-
-    menu.observe(redraw, names="value")
-    refill()
-    for name, control in {"answers": answers, "steps": steps, "problem": menu}.items():
-        control.description, control.style = name, {"description_width": "7em"}
-    answers.observe(refill, names="value")
-    steps.observe(refill, names="value")
-    return widgets.VBox([answers, steps, menu, frame])
+    return widgets.VBox([*controls.values(), message, plane])
