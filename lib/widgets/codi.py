@@ -52,6 +52,7 @@ def codi_explorer(data: dict) -> widgets.VBox:
         fill()
         redraw()
 
+    menu.observe(redraw, names="value")
     fill()
     draw()
     answers.observe(refill, names="value")
