@@ -131,6 +131,26 @@ def claims_table(
     return {"text": _text, "html": _html, "markdown": _markdown}[fmt](header, rows, width)
 
 
+def number(value: float | str | None) -> str:
+    """A number as it is printed, with three digits, so that reruns compare equal; words as they are."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value + 0.0:.3g}"  # + 0.0: no "-0"
+
+
+def rule_text(claim: Claim) -> str:
+    """Such as "> 0.5"; "" for a claim that was not tested."""
+    low, high = claim.rule
+    if low is not None and high is not None:
+        return f"{number(low)} to {number(high)}"
+    return f"> {number(low)}" if low is not None else f"< {number(high)}" if high is not None else ""
+
+
+def with_interval(value: float, interval: tuple[float, float] | None) -> str:
+    """Such as "0.89 [0.88, 0.9]"."""
+    return number(value) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
+
+
 def _verdict(lower: float, upper: float, low: float | None, high: float | None) -> Verdict:
     if (low is None or lower > low) and (high is None or upper < high):
         return "holds"
@@ -147,30 +167,15 @@ def _rows(items: Iterable[Any]) -> Iterator[list[str]]:
     for item in items:
         study, claims = (item.study, item.claims) if hasattr(item, "claims") else ("", [item])
         for claim in claims:
-            yield [study, f"{claim.statement} ({claim.source})", _measured(claim), _rule(claim),
-                   _number(claim.published), claim.verdict]
+            yield [study, f"{claim.statement} ({claim.source})", _measured(claim), rule_text(claim),
+                   number(claim.published), claim.verdict]
 
 
 def _measured(claim: Claim) -> str:
     if claim.measured is None:
         return claim.reason
-    text = _number(claim.measured)
-    if claim.interval is not None:
-        text += f" [{_number(claim.interval[0])}, {_number(claim.interval[1])}]"
+    text = with_interval(claim.measured, claim.interval)
     return " ".join(filter(None, [text, claim.unit, f"({claim.n})" if claim.n else ""]))
-
-
-def _rule(claim: Claim) -> str:
-    low, high = claim.rule
-    if low is not None and high is not None:
-        return f"{_number(low)} to {_number(high)}"
-    return f"> {_number(low)}" if low is not None else f"< {_number(high)}" if high is not None else ""
-
-
-def _number(value: float | str | None) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else f"{value + 0.0:.3g}"  # + 0.0: no "-0"
 
 
 def _text(header: list[str], rows: list[list[str]], width: int | None) -> str:

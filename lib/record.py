@@ -286,22 +286,40 @@ def validate_record(path: str | Path) -> Record:
     Raises:
         RecordError: naming the file and what is wrong with it.
     """
+    record = read_record(path)
+    for name, artifact in record.artifacts.items():
+        if problem := artifact_problem(path, name, artifact):
+            raise RecordError(f"{path}: {name} {problem}; run the study again")
+    return record
+
+
+def read_record(path: str | Path) -> Record:
+    """Read a record.json and check it against its schema, whether or not its files are there.
+
+    Raises:
+        RecordError: naming the file and what is wrong with it.
+    """
     path = Path(path)
     try:
-        record = Record.model_validate_json(path.read_bytes())
+        return Record.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise RecordError(f"{path}: there is no record; the study did not finish") from None
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "JSON"
         raise RecordError(f"{path}: {place}: {first['msg']}; run the study again") from None
-    for name, artifact in record.artifacts.items():
-        file = path.parent / name
-        if not file.is_file():
-            raise RecordError(f"{path}: {name} is missing; run the study again")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != artifact.sha256:
-            raise RecordError(f"{path}: {name} is not the file that was recorded; run the study again")
-    return record
+
+
+def artifact_problem(record_path: str | Path, name: str, artifact: Artifact) -> str:
+    """What is wrong with a file beside a record; "" for nothing."""
+    file = Path(record_path).parent / name
+    if not file.is_file():
+        return "is missing"
+    if hashlib.sha256(file.read_bytes()).hexdigest() != artifact.sha256:
+        return "is not the file that was recorded"
+    return ""
 
 
 def code_version() -> str:
@@ -487,3 +505,9 @@ def _peak_memory_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, kilobytes elsewhere
+
+
+if __name__ == "__main__":
+    from lib.compare import main
+
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""What `python -m lib.record compare` says of two runs, against what was changed between them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib import ROOT
+from lib.claims import Claim
+from lib.compare import beyond, main
+from lib.parameters import InductionAblation
+from lib.record import Study
+
+SAME = "01_induction_ablation: all results agree (2 claims, 3 metrics, 3 files)"
+
+
+@pytest.fixture
+def runs(tmp_path, figures) -> tuple[Path, Path]:
+    """Two folders with the same run."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    study = Study(InductionAblation, {"seq_len": 300, "out_dir": str(tmp_path / "a")})
+    fig, axes = plt.subplots(figsize=(1, 1))
+    axes.plot([0, 1])
+    study.figure(fig, "line", alt="A line.", y=np.arange(2))
+    plt.close(fig)
+    tested = dict(source="here", measured=0.5, interval=(0.4, 0.6), n="9 walks")
+    study.claim(Claim.test("falls", "It falls", below=0.7, **tested))
+    study.claim(Claim.not_tested("grows", "It grows", source="here", reason="too short"))
+    study.metric("accuracy", 0.5, (0.4, 0.6))
+    study.metric("exact", 1 / 3)
+    study.metric("absent", None, reason="no pairs")
+    study.model({"model_id": "organism/induction", "revision": "ab"})
+    study.close()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    edit(tmp_path / "b", lambda record: record["parameters"].update(out_dir=str(tmp_path / "b")))
+    return tmp_path / "a", tmp_path / "b"
+
+
+def edit(folder: Path, change) -> None:
+    record = json.loads((folder / "record.json").read_text())
+    change(record)
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def compare(capsys, *paths) -> tuple[int, list[str]]:
+    """Status, and what was said after the two paths."""
+    status = main(["compare", *map(str, paths)])
+    return status, [line.strip() for line in capsys.readouterr().out.splitlines()[2:] if line.strip()]
+
+
+def test_of_equal_runs_nothing_is_said_but_that(runs, capsys):
+    assert compare(capsys, *runs) == (0, [SAME])
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        (lambda r: r["parameters"].update(seq_len=200), ["parameters", "seq_len: 300 -> 200"]),
+        (lambda r: r["versions"].update(torch="1.0"), ["versions", "torch: {torch} -> 1.0"]),
+        (lambda r: r["models"][0].update(revision="cd"), ["models", "revision of model 1: ab -> cd"]),
+        (
+            lambda r: r.update(code="0" * 16, commit=None, dirty=True),
+            ["code", "{code} -> 0000000000000000 ({commit}{dirty} -> no commit with changes)"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_explains_a_difference_is_said_and_is_none(runs, capsys, change, lines):
+    record = json.loads((runs[0] / "record.json").read_text())
+    known = {"torch": record["versions"]["torch"], "code": record["code"]}
+    known |= {"commit": record["commit"] or "no commit", "dirty": " with changes" if record["dirty"] else ""}
+    edit(runs[1], change)
+    assert compare(capsys, *runs) == (0, [SAME, *(line.format(**known) for line in lines)])
+
+
+def claim(record, **values):
+    record["claims"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "summary", "lines"),
+    [
+        (
+            lambda r: claim(r, measured=0.8, interval=[0.7, 0.9], verdict="fails"),
+            "1 of 2 claims differ",
+            ["claims", "falls: holds -> fails; 0.5 [0.4, 0.6] -> 0.8 [0.7, 0.9]"],
+        ),
+        (
+            lambda r: claim(r, measured=0.61, interval=[0.51, 0.69]),
+            "1 of 2 claims differ",
+            ["claims", "falls: 0.5 [0.4, 0.6] -> 0.61 [0.51, 0.69]"],
+        ),
+        (
+            lambda r: claim(r, rule=[None, 0.9], unit="heads"),
+            "1 of 2 claims differ",
+            ["claims", 'falls: rule < 0.7 -> < 0.9; unit "" -> heads; 0.5 [0.4, 0.6] -> 0.5 [0.4, 0.6]'],
+        ),
+        (
+            lambda r: r["claims"].pop(),
+            "1 of 2 claims differ",
+            ["claims", "grows: not in B"],
+        ),
+        (
+            lambda r: r["metrics"].update(
+                accuracy={"value": 0.3}, absent={"value": 2.0}, exact={"value": 0.334}, new={"value": 1.0}
+            ),
+            "4 of 4 metrics differ",
+            ["metrics", "absent: none (no pairs) -> 2", "accuracy: 0.5 [0.4, 0.6] -> 0.3",
+             "exact: 0.333 -> 0.334", "new: not in A"],
+        ),
+        (
+            lambda r: r["artifacts"].update({"more\n.png": r["artifacts"].pop("line.npz")}),
+            "2 of 4 files differ",
+            ["files", "line.npz: not in B", '"more\\n.png": not in A'],
+        ),
+    ],
+)  # fmt: skip
+def test_result_that_differs_is_said_with_both_values(runs, capsys, change, summary, lines):
+    edit(runs[1], change)
+    status, said = compare(capsys, *runs)
+    assert status == 1 and said[0] == f"01_induction_ablation: {summary}"
+    assert said[1:] == lines
+
+
+def test_result_within_the_interval_is_the_same(runs, capsys):
+    edit(runs[1], lambda r: claim(r, measured=0.59, interval=[0.52, 0.68]))
+    edit(runs[1], lambda r: r["metrics"].update(accuracy={"value": 0.39, "interval": [0.3, 0.5]}))
+    edit(runs[1], lambda r: r["metrics"].update(exact={"value": 0.33333}))
+    assert compare(capsys, *runs) == (0, [SAME])
+
+
+def test_files_that_are_gone_or_altered_are_named(runs, capsys):
+    (runs[0] / "line.svg").unlink()
+    (runs[1] / "line.npz").write_bytes(b"other")
+    assert compare(capsys, *runs) == (1, [
+        "01_induction_ablation: 2 of 3 files differ", "files",
+        "line.npz: in B it is not the file that was recorded", "line.svg: in A it is missing",
+    ])  # fmt: skip
+
+
+def test_beyond_is_neither_value_in_the_others_interval():
+    values = [-1.0, 0.0, 0.0004, 1.0, 1.0004, 2.0]
+    intervals = [None, *itertools.combinations(values, 2)]
+    measured = [(v, i) for v in values for i in intervals if i is None or i[0] <= v <= i[1]]
+    for (a, of_a), (b, of_b) in itertools.product(measured, measured):
+        inside = False
+        for value, interval in ((a, of_b), (b, of_a)):
+            inside = inside or (interval is not None and not value < interval[0] and not value > interval[1])
+        assert beyond(a, of_a, b, of_b) == (not inside and f"{a:.3g}" != f"{b:.3g}")
+    assert beyond(None, None, 1.0, (0.0, 2.0)) and beyond(1.0, None, None, None)
+    assert not beyond(None, None, None, None)
+
+
+def test_folders_of_studies_are_compared_study_by_study(runs, tmp_path, capsys):
+    for run in runs:
+        shutil.copytree(run, tmp_path / "all" / run.name / "01")
+    shutil.copytree(runs[0], tmp_path / "all" / "a" / "02")
+    edit(tmp_path / "all" / "a" / "02", lambda r: r.update(study="02_neighbor_mixing"))
+    status, said = compare(capsys, tmp_path / "all" / "a", tmp_path / "all" / "b")
+    assert (status, said) == (1, [SAME, "02_neighbor_mixing: not in B"])
+    assert main(["compare", str(runs[0]), str(tmp_path / "all" / "a" / "02" / "record.json")]) == 2
+    assert "give two runs of one study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "there is no record; the study did not finish"),
+        (lambda path: path.write_text("{"), "JSON: Invalid JSON"),
+        (lambda path: path.write_text(path.read_text().replace("metric", "x")), "metrics: Field required"),
+    ],
+)  # fmt: skip
+def test_record_that_can_not_be_read_is_status_2(runs, capsys, damage, message):
+    damage(runs[1] / "record.json")
+    assert main(["compare", *map(str, runs)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"{runs[1] / 'record.json'}: {message}")
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 2), (["no-such"], 2), (["--help"], 0)])
+def test_command_line_helps(words, status):
+    run = subprocess.run(
+        [sys.executable, "-m", "lib.record", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == status
+    assert "python -m lib.record" in run.stdout + run.stderr and "compare" in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr and "Warning" not in run.stderr
