@@ -45,13 +45,12 @@ class SeedNumber(NamedTuple):
     @property
     def summary(self) -> str:
         """Mean, interval and n in words."""
-        if self.mean is None:
-            return "no value"
+        n = f"n = {self.n}" + (f" of {len(self.values)}" if self.n < len(self.values) else "")
         if self.low is None:
-            return f"{_number(self.mean)}, n = 1: no interval"
+            return f"{_number(self.mean)}, {n}"
         if self.low == self.high:
-            return f"{_number(self.mean)}, no spread, n = {self.n}"
-        return f"{_number(self.mean)} [{_number(self.low)}, {_number(self.high)}], n = {self.n}"
+            return f"{_number(self.mean)}, no spread, {n}"
+        return f"{_number(self.mean)} [{_number(self.low)}, {_number(self.high)}], {n}"
 
 
 def write_numbers(path: Path, numbers: Iterable[SeedNumber]) -> None:

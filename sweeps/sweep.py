@@ -352,7 +352,8 @@ def collect(path: Path, folder: Path, notebooks: Path = NOTEBOOKS) -> str:
     write_numbers(folder / "between_seeds.csv", numbers)
     for suffix in ("svg", "png"):
         (folder / f"between_seeds.{suffix}").unlink(missing_ok=True)
-    if shown := [each for each in numbers if each.n and (each.label or not headlines[each.study])]:
+    shown = [each for each in numbers if each.label or (each.n and not headlines[each.study])]
+    if any(each.n for each in shown):
         _draw(shown, folder)
     statuses = [each.status for each in results]
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
@@ -418,7 +419,7 @@ def _draw(numbers: Sequence[SeedNumber], folder: Path) -> None:
     axes[-1, 0].set_xlabel(label, fontsize=7.5)
     alt = "Numbers of each study by trained seed, with their mean and its 95% interval between seeds."
     for suffix, metadata in (("svg", {"Date": None, "Title": alt}), ("png", {"Description": alt})):
-        fig.savefig(folder / f"between_seeds.{suffix}", metadata=metadata)
+        fig.savefig(folder / f"between_seeds.{suffix}", dpi=150, metadata=metadata)
     plt.close(fig)
 
 
@@ -436,7 +437,8 @@ def _draw_rows(ax: Any, rows: Sequence[SeedNumber]) -> None:
         if row.low is not None:
             ax.plot([row.low, row.high], [y, y], color=plots.SKY, linewidth=7, solid_capstyle="butt",
                     alpha=0.45, zorder=1)  # fmt: skip
-        ax.plot(row.mean, y, "|", color=plots.BLACK, markersize=9)
+        if row.n > 1:
+            ax.plot(row.mean, y, "|", color=plots.BLACK, markersize=9)
         ax.annotate(row.summary, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7.5)
     values = [0.0, *(value for row in rows for value in row.values.values() if value is not None)]
     edge = 0.15 * (max(values) - min(values) or 1)

@@ -193,7 +193,7 @@ def test_collected_table_holds_every_number_with_where_it_is_from(tmp_path, note
     mean, lost, claim = read_numbers(tmp_path / "out" / "between_seeds.csv")
     assert (mean.mean, mean.n, mean.unit) == (pytest.approx(0.55), 2, "seeds")
     assert mean.values == {"0": 0.5, "1": 0.6, "3": None}
-    assert (lost.mean, lost.low, lost.n, lost.summary) == (None, None, 0, "no value")
+    assert (lost.mean, lost.low, lost.n, lost.summary) == (None, None, 0, "none, n = 0 of 3")
     assert claim.low == claim.high == 0.3 and claim.verdicts == {"0": "holds", "1": "holds", "3": "none"}
     for suffix in ("svg", "png"):
         assert (tmp_path / "out" / f"between_seeds.{suffix}").stat().st_size > 1000
