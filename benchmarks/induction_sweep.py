@@ -41,7 +41,7 @@ def report(case: str, rounds: list[Round]) -> None:
 def measure(case: str, method: str, folder: Path) -> dict:
     """Run one method once in this process: seconds, megabytes above the weights, mean accuracy."""
     model, ids, walks, graph, word_ids, conditions = _task(case, folder)
-    run = {"ours": _ours, "straightforward": _straightforward, "floor": _floor}[method]
+    run = {"ours": ours, "straightforward": straightforward, "floor": floor}[method]
     # Warm up on a single short row: kernels, allocator, nnsight's own caches.
     run(model, ids[:1, :64], walks[:1, :63], graph, word_ids, conditions[:2])
     accuracy, cost = measured(lambda: run(model, ids, walks, graph, word_ids, conditions))
@@ -50,18 +50,13 @@ def measure(case: str, method: str, folder: Path) -> dict:
 
 def _task(case: str, folder: Path):
     import numpy as np
-    import torch
 
-    from lib import attention, interventions, models
+    from lib import attention, models
     from lib.parameters import GRID_WORDS
-    from lib.walks import grid_graph, random_walks
 
-    settings = CASES[case]
-    graph = grid_graph(4, 4, GRID_WORDS)
-    walks = random_walks(graph, settings["n_walks"], settings["length"], seed=0)
     if case.startswith("organism/"):
         model = models.load(case)
-        word_ids = models.word_ids(model, graph.words)
+        word_ids = models.word_ids(model, GRID_WORDS)
     else:
         model = models.load(str(random_llama(folder, **LLAMA)))
         word_ids = list(range(100, 116))
@@ -76,28 +71,52 @@ def _task(case: str, folder: Path):
         order = np.random.default_rng(0).permutation(sizes.n_layers * sizes.n_heads)
         heads = [(int(i) // sizes.n_heads, int(i) % sizes.n_heads) for i in order]
         ranked = {"induction": heads[:16], "previous": heads[16:32]}
+    return model, *protocol(model, word_ids, ranked, **CASES[case])
+
+
+def protocol(model, word_ids, ranked, *, n_walks, length, k_values, n_draws):
+    """Walks on the grid of study 1 as token ids and nodes, the graph, its words' ids, and the conditions.
+
+    Args:
+        ranked: heads by falling score, by name of the list.
+        n_walks, length, k_values: of the study.
+        n_draws: random sets, of the largest size alone.
+    """
+    import numpy as np
+    import torch
+
+    from lib import interventions, models
+    from lib.parameters import GRID_WORDS
+    from lib.walks import grid_graph, random_walks
+
+    graph, sizes = grid_graph(4, 4, GRID_WORDS), models.shape(model)
+    walks = random_walks(graph, n_walks, length, seed=0)
     conditions = interventions.ablation_conditions(
-        ranked, settings["k_values"], settings["n_draws"], n_layers=sizes.n_layers, n_heads=sizes.n_heads
+        ranked, k_values, n_draws, n_layers=sizes.n_layers, n_heads=sizes.n_heads
     )
+    largest = max(k_values)
     conditions = [
-        c for c in conditions if not c.name.startswith("random") or (c.name == "random" and len(c.heads) == 8)
+        c
+        for c in conditions
+        if not c.name.startswith("random") or (c.name == "random" and len(c.heads) == largest)
     ]
     ids = torch.from_numpy(np.pad(np.array(word_ids)[walks], ((0, 0), (1, 0))))
-    return model, ids, walks, graph, word_ids, conditions
+    return ids, walks, graph, word_ids, conditions
 
 
-def _ours(model, ids, walks, graph, word_ids, conditions) -> float:
+def ours(model, ids, walks, graph, word_ids, conditions, batch_size=0) -> float:
     from lib import interventions, models
     from lib.walks import rule_following_accuracy
 
     layer = round(0.81 * models.shape(model).n_layers)
     sweep = interventions.ablation_sweep(
-        model, ids, conditions, word_ids=word_ids, labels=walks, n_classes=graph.n_nodes, layer=layer
-    )
+        model, ids, conditions, word_ids=word_ids, labels=walks, n_classes=graph.n_nodes, layer=layer,
+        batch_size=batch_size,
+    )  # fmt: skip
     return float(rule_following_accuracy(sweep.word_probabilities, walks, graph).mean())
 
 
-def _straightforward(model, ids, walks, graph, word_ids, conditions) -> float:
+def straightforward(model, ids, walks, graph, word_ids, conditions) -> float:
     import numpy as np
 
     return float(np.mean([_one_condition(model, ids, walks, graph, word_ids, c) for c in conditions]))
@@ -128,28 +147,33 @@ def _one_condition(model, ids, walks, graph, word_ids, condition) -> float:
     handles.append(blocks[layer].register_forward_pre_hook(lambda _, args: streams.append(args[0])))
     for walk, row in zip(walks, ids, strict=True):
         with torch.no_grad():
-            probabilities = module(input_ids=row[None], use_cache=False).logits[0].float().softmax(-1)
+            row = row[None].to(module.device)
+            probabilities = module(input_ids=row, use_cache=False).logits[0].float().softmax(-1)
         for t, node in enumerate(walk):
             neighbours = [word_ids[n] for n in np.flatnonzero(graph.adjacency[node])]
             accuracies.append(probabilities[t + 1, neighbours].sum().item())
     for handle in handles:
         handle.remove()
     means = torch.cat(streams)[:, 1:].flatten(0, 1)
-    nodes = torch.from_numpy(walks).flatten()
+    nodes = torch.from_numpy(walks).flatten().to(means.device)
     [means[nodes == node].mean(0) for node in range(graph.n_nodes)]
     return float(np.mean(accuracies))
 
 
-def _floor(model, ids, walks, graph, word_ids, conditions) -> float:
+def floor(model, ids, walks, graph, word_ids, conditions, batch_size=0) -> float:
     import torch
 
-    from lib.batches import auto_batch_size
+    from lib.batches import Batches, auto_batch_size
 
-    size = auto_batch_size(model, ids.shape[1])
-    rows = ids.repeat(len(conditions), 1)
-    with torch.no_grad():
-        for batch in rows.split(size):
-            model._module(input_ids=batch, use_cache=False)
+    def run(batch) -> None:
+        with torch.no_grad():
+            model._module(input_ids=batch.to(model.device), use_cache=False)
+
+    # All logits of a batch at once: of a large vocabulary they would not fit beside a large batch.
+    most = max(1, 2**31 // (ids.shape[1] * model._module.config.vocab_size))
+    batches = Batches(min(most, batch_size or auto_batch_size(model, ids.shape[1])))
+    for _ in batches.map(run, ids.repeat(len(conditions), 1)):
+        pass
     return 0.0
 
 

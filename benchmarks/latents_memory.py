@@ -38,37 +38,39 @@ def measure(case: str, method: str, folder: Path) -> dict:
     """Run one method once in this process: seconds, megabytes above the weights, and two sums to compare."""
     from lib.codi_checkpoint import load_codi
 
-    codi = load_codi(str(_random_codi(folder, **CASES[case])))
-    run = {"ours": _ours, "straightforward": _straightforward, "floor": _floor}[method]
-    run(codi, *_task(codi, 1, 20))
-    (attention, mass), cost = measured(lambda: run(codi, *_task(codi, BATCH, CASES[case]["tokens"])))
+    codi = load_codi(str(random_codi(folder, **CASES[case])))
+    run = {"ours": ours, "straightforward": straightforward, "floor": floor}[method]
+    run(codi, *task(codi, 1, 20))
+    (attention, mass), cost = measured(lambda: run(codi, *task(codi, BATCH, CASES[case]["tokens"])))
     return cost | {"attention": attention, "mass": mass}
 
 
-def _task(codi, n_problems: int, tokens: int):
+def task(codi, n_problems: int, tokens: int):
     """Problems whose sequences have so many tokens, and thoughts."""
     import numpy as np
 
+    from lib.models import shape
     from lib.problems import Equation, Problem
 
+    sizes = shape(codi.model)
     rng = np.random.default_rng(0)
     length = tokens - 2 - codi.n_thoughts - len(codi.ids(codi.answer_prompt))
     problems = []
     for i in range(n_problems):
-        words = [f"w{word}" for word in rng.integers(110, WORDS, length)]
+        words = [f"w{word}" for word in rng.integers(110, sizes.n_vocabulary, length)]
         words[3], words[length // 2], words[-1] = "5", "7", "9"
         problems.append(Problem(str(i), " ".join(words), (Equation.parse("5+7=12"),), 12.0))
-    return problems, rng.normal(size=(n_problems, codi.n_thoughts + 1, D_MODEL)).astype(np.float32)
+    return problems, rng.normal(size=(n_problems, codi.n_thoughts + 1, sizes.d_model)).astype(np.float32)
 
 
-def _ours(codi, problems, z) -> tuple[float, float]:
+def ours(codi, problems, z) -> tuple[float, float]:
     from lib.readings import OPERAND, measure
 
-    reading = measure(codi, problems, z, batch_size=BATCH)
+    reading = measure(codi, problems, z, batch_size=len(problems))
     return _weighted(reading.attention), float(reading.mass[..., OPERAND].mean())
 
 
-def _straightforward(codi, problems, z) -> tuple[float, float]:
+def straightforward(codi, problems, z) -> tuple[float, float]:
     import torch
 
     module = codi.model._module
@@ -78,7 +80,7 @@ def _straightforward(codi, problems, z) -> tuple[float, float]:
     maps = torch.stack(out.attentions, dim=1)  # [problem, layer, head, query, key]
     bot = len(codi.ids(problems[0].question))
     rows = [*range(bot, bot + codi.n_thoughts + 2), maps.shape[-1] - 1]
-    attention = [one.mean((0, 1))[rows].numpy() for one in maps]
+    attention = [one.mean((0, 1))[rows].cpu().numpy() for one in maps]
     masses = []
     for problem, one in zip(problems, maps, strict=True):
         words = problem.question.split()
@@ -90,7 +92,7 @@ def _straightforward(codi, problems, z) -> tuple[float, float]:
     return _weighted(attention), sum(masses) / len(masses)
 
 
-def _floor(codi, problems, z) -> tuple[float, float]:
+def floor(codi, problems, z) -> tuple[float, float]:
     import torch
 
     codi.model._module.set_attn_implementation("eager")
@@ -102,10 +104,11 @@ def _floor(codi, problems, z) -> tuple[float, float]:
 def _embeddings(codi, problems, z):
     import torch
 
-    embed = codi.model._module.get_input_embeddings()
-    ids = torch.tensor([[*codi.ids(problem.question), codi.bot] for problem in problems])
-    end = torch.tensor([[codi.eot, *codi.ids(codi.answer_prompt)]] * len(problems))
-    return torch.cat([embed(ids), codi.projection(torch.from_numpy(z[:, :-1])), embed(end)], dim=1)
+    embed, device = codi.model._module.get_input_embeddings(), codi.model.device
+    ids = torch.tensor([[*codi.ids(problem.question), codi.bot] for problem in problems], device=device)
+    end = torch.tensor([[codi.eot, *codi.ids(codi.answer_prompt)]] * len(problems), device=device)
+    thoughts = codi.projection(torch.from_numpy(z[:, :-1]).to(device))
+    return torch.cat([embed(ids), thoughts, embed(end)], dim=1)
 
 
 def _weighted(attention) -> float:
@@ -116,7 +119,10 @@ def _weighted(attention) -> float:
     return float(np.mean([(one * weights).sum() for one in attention]))
 
 
-def _random_codi(folder: Path, layers: int, tokens: int) -> Path:
+def random_codi(
+    folder: Path, *, layers: int, tokens: int, heads: int = HEADS, d_model: int = D_MODEL, words: int = WORDS
+) -> Path:
+    """Save a GPT-2 of random weights and a projection as an embedded CODI model; what is there stays."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -125,18 +131,18 @@ def _random_codi(folder: Path, layers: int, tokens: int) -> Path:
     if not (folder / "codi.json").exists():
         torch.manual_seed(0)
         config = GPT2Config(
-            vocab_size=WORDS, n_embd=D_MODEL, n_layer=layers, n_head=HEADS, n_positions=tokens,
+            vocab_size=words, n_embd=d_model, n_layer=layers, n_head=heads, n_positions=tokens,
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         GPT2LMHeadModel(config).save_pretrained(folder)
-        words = [str(i) if i < 100 else f"w{i}" for i in range(WORDS)]
-        words[100:103] = "<bot>", "<eot>", "<unk>"
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        names = [str(i) if i < 100 else f"w{i}" for i in range(words)]
+        names[100:103] = "<bot>", "<eot>", "<unk>"
+        tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-        linear = {"weight": torch.randn(D_MODEL, D_MODEL) / 16, "bias": torch.zeros(D_MODEL)}
+        linear = {"weight": torch.randn(d_model, d_model) / d_model**0.5, "bias": torch.zeros(d_model)}
         tensors = {f"{i}.{name}": tensor.clone() for i in (1, 3) for name, tensor in linear.items()}
-        tensors |= {"ln.weight": torch.ones(D_MODEL), "ln.bias": torch.zeros(D_MODEL)}
+        tensors |= {"ln.weight": torch.ones(d_model), "ln.bias": torch.zeros(d_model)}
         save_file(tensors, folder / "projection.safetensors")
         settings = {"n_thoughts": 6, "bot": "<bot>", "eot": "<eot>", "answer_prompt": "w200 w201"}
         (folder / "codi.json").write_text(json.dumps(settings | {"cot": "operators"}))

@@ -54,7 +54,7 @@ def measure(case: str, method: str, folder: Path) -> dict:
     """
     model, prompts, conditions = _task(case, folder)
     n, answered = CASES[case]["new_tokens"], folder / "answers.json"
-    run = {"ours": _ours, "straightforward": _straightforward, "floor": _floor}[method]
+    run = {"ours": ours, "straightforward": straightforward, "floor": floor}[method]
     known = [json.loads(answered.read_text())] if method == "floor" else []
     # Warm up on a few short answers: kernels, allocator, nnsight's own caches.
     run(model, prompts[:2], conditions[:2], 3, *([[answers[:2] for answers in found[:2]] for found in known]))
@@ -72,23 +72,28 @@ def measure(case: str, method: str, folder: Path) -> dict:
 
 
 def _task(case: str, folder: Path):
+    from lib import models
+
+    settings, name = CASES[case], case.split(",")[0]
+    if name.startswith("organism/"):
+        model = models.load(name)
+        return model, *protocol(model, settings, *_of_study(model, name, settings))
+    model = models.load(str(random_llama(folder, **LLAMA)))
+    return model, *protocol(model, settings, *at_random(model, settings))
+
+
+def protocol(model, settings: dict, prompts, conditions, vector):
+    """Prompts and all conditions of a case: none, removals, and a vector added in several strengths."""
     import torch
 
     from lib import models
     from lib.generation import Ablation
 
-    settings = CASES[case]
-    if case.startswith("organism/"):
-        model = models.load(case.split(",")[0])
-        prompts, conditions, vector = _of_study(model, case.split(",")[0], settings)
-    else:
-        model = models.load(str(random_llama(folder, **LLAMA)))
-        prompts, conditions, vector = _random(model, settings)
     first, sizes = settings["from"], models.shape(model)
     nothing = torch.zeros(0, sizes.d_model)
     conditions = [replace(c, layers=range(first, sizes.n_layers)) for c in conditions]
     shifts = [Ablation(f"add {s}", nothing, shift=(first, s * vector)) for s in settings["strengths"]]
-    return model, prompts, [Ablation("intact", nothing), *conditions, *shifts]
+    return prompts, [Ablation("intact", nothing), *conditions, *shifts]
 
 
 def _of_study(model, name: str, settings: dict):
@@ -107,7 +112,7 @@ def _of_study(model, name: str, settings: dict):
     return chat_ids(model, texts), conditions, extraction.vectors[LAYER]
 
 
-def _random(model, settings: dict):
+def at_random(model, settings: dict):
     """As `_of_study`, of nothing: prompts of about as many tokens, five random subspaces of each size."""
     import numpy as np
 
@@ -127,13 +132,13 @@ def _random(model, settings: dict):
     return prompts, conditions, random_subspace(d, 1, seed=0)[0]
 
 
-def _ours(model, prompts, conditions, new_tokens) -> list[list[list[int]]]:
+def ours(model, prompts, conditions, new_tokens) -> list[list[list[int]]]:
     from lib.generation import generate
 
     return generate(model, prompts, conditions, max_new_tokens=new_tokens)
 
 
-def _straightforward(model, prompts, conditions, new_tokens) -> list[list[list[int]]]:
+def straightforward(model, prompts, conditions, new_tokens) -> list[list[list[int]]]:
     import torch
 
     from lib.generation import end_tokens
@@ -141,11 +146,12 @@ def _straightforward(model, prompts, conditions, new_tokens) -> list[list[list[i
     module, ends = model._module, sorted(end_tokens(model))
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * n + prompt for n, prompt in zip(pads, prompts, strict=True)])
-    mask = torch.tensor([[0] * n + [1] * len(prompt) for n, prompt in zip(pads, prompts, strict=True)])
+    pairs, device = list(zip(pads, prompts, strict=True)), module.device
+    ids = torch.tensor([[0] * n + prompt for n, prompt in pairs], device=device)
+    mask = torch.tensor([[0] * n + [1] * len(prompt) for n, prompt in pairs], device=device)
     found = []
     for condition in conditions:
-        handles = _hooks(module.model.layers, condition)
+        handles = _hooks(module.model.layers, condition, device)
         with torch.no_grad():
             whole = module.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
@@ -158,11 +164,11 @@ def _straightforward(model, prompts, conditions, new_tokens) -> list[list[list[i
     return found
 
 
-def _hooks(blocks, condition) -> list:
-    projection = condition.basis.T @ condition.basis
+def _hooks(blocks, condition, device) -> list:
+    projection = (condition.basis.T @ condition.basis).to(device)
 
     def without(x):
-        return x - x @ projection
+        return x - (x.to(projection.dtype) @ projection).to(x.dtype)
 
     handles = []
     for block in [blocks[i] for i in condition.layers or ()]:
@@ -171,11 +177,15 @@ def _hooks(blocks, condition) -> list:
             handles.append(part.register_forward_hook(lambda _, __, output: without(output)))
     if condition.shift:
         layer, vector = condition.shift
-        handles.append(blocks[layer].register_forward_pre_hook(lambda _, args: (args[0] + vector, *args[1:])))
+
+        def add(_, args):
+            return args[0] + vector.to(args[0]), *args[1:]
+
+        handles.append(blocks[layer].register_forward_pre_hook(add))
     return handles
 
 
-def _floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]]]:
+def floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]]]:
     import torch
     from transformers import DynamicCache
 
@@ -189,7 +199,8 @@ def _floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]
         batch = rows[start : start + size]
         longest = [max(len(row[i]) for row in batch) for i in (0, 1)]
         ids = torch.tensor(
-            [[0] * (longest[0] - len(p)) + p + a + [0] * (longest[1] - len(a)) for p, a in batch]
+            [[0] * (longest[0] - len(p)) + p + a + [0] * (longest[1] - len(a)) for p, a in batch],
+            device=model.device,
         )
         cache = DynamicCache(config=model._module.config)
         with torch.no_grad():

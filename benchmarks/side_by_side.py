@@ -8,6 +8,7 @@ before it (weights loaded, a short warm-up done).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -64,14 +65,38 @@ def main(
         report(case, rounds)
 
 
-def measured(work: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
-    """What a piece of work returns, and what it took: seconds, and megabytes above those before it."""
+def measured(work: Callable[[], Result], device: str = "cpu") -> tuple[Result, dict[str, float]]:
+    """What a piece of work returns, and what it took: seconds, and megabytes above those before it.
+
+    Args:
+        work: what to do.
+        device: whose memory is meant; on a CUDA device what torch has allocated there, not what it reserves.
+    """
+    if device.startswith("cuda"):
+        return _measured_on_cuda(work, device)
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far
-    before, start = _status("VmRSS"), time.perf_counter()
+    before, start = megabytes_of("VmRSS"), time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
     # The kernel's two counters differ by a few pages.
-    return result, {"seconds": seconds, "megabytes": max(_status("VmHWM") - before, 0.0)}
+    return result, {"seconds": seconds, "megabytes": max(megabytes_of("VmHWM") - before, 0.0)}
+
+
+def _measured_on_cuda(work: Callable[[], Result], device: str) -> tuple[Result, dict[str, float]]:
+    import torch
+
+    gc.collect()  # a trace leaves cycles that hold its tensors
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.synchronize(device)
+    before, start = torch.cuda.memory_allocated(device), time.perf_counter()
+    result = work()
+    torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    return result, {
+        "seconds": seconds,
+        "megabytes": (torch.cuda.max_memory_allocated(device) - before) / 2**20,
+    }
 
 
 def print_table(rounds: list[Round]) -> None:
@@ -103,19 +128,23 @@ def random_llama(folder: Path, **config) -> Path:
         config: of the model, above all vocab_size.
     """
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         settings = LlamaConfig(bos_token_id=1, eos_token_id=None, pad_token_id=0, **config)
         LlamaForCausalLM(settings).save_pretrained(folder)
-        vocabulary = {f"w{i}": i for i in range(settings.vocab_size)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="w0", pad_token="w0", bos_token="w1"
-        ).save_pretrained(folder)
+        word_tokenizer(settings.vocab_size).save_pretrained(folder)
     return folder
+
+
+def word_tokenizer(n_words: int):
+    """A tokenizer of the words w0 (padding), w1 (BOS), w2, ...; its texts have no end."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n_words)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0", bos_token="w1")
 
 
 def _child(module: str, case: str, method: str, options: list[str]) -> dict:
@@ -126,8 +155,8 @@ def _child(module: str, case: str, method: str, options: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _status(field: str) -> float:
-    """Megabytes."""
+def megabytes_of(field: str) -> float:
+    """Megabytes (2^20 bytes) of a field of this process, "VmRSS" or "VmHWM" (the highest of it)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
