@@ -25,7 +25,7 @@ from lib.record import validate_record
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
-# Small enough for seconds, large enough that every cell has something to do; a study that is not here runs as it is.
+# Small enough for seconds, large enough that every cell has something to do; other studies run as they are.
 SMALL = {
     "00_start_here": {},
     "01_induction_ablation": {
