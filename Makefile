@@ -4,6 +4,7 @@
 # make test       unit tests, notebooks with small parameters, stored outputs against a fresh run;
 #                 pages in a headless Chromium, which root on Debian gets by apt-get if there is none
 # make lab        open JupyterLab
+# make site       a site of README, stored notebooks and model cards, into build/site/
 # make notebooks  execute every study and store its output in notebooks/
 # make organisms  train the embedded models again
 # make bench      time and memory of studies 1, 3 and 4 against the straightforward way
@@ -19,7 +20,7 @@ STUDY ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: run test lab notebooks organisms bench sweep lock clean
+.PHONY: run test lab site notebooks organisms bench sweep lock clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -31,6 +32,11 @@ test: $(STAMP)
 
 lab: $(STAMP)
 	$(BIN)/python -m jupyterlab notebooks
+
+site: $(STAMP)
+	rm -rf build/site
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --fresh-env -c docs -d build/doctrees . build/site
+	@echo "built: open build/site/index.html"
 
 notebooks: $(STAMP)
 	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) --refresh
@@ -61,7 +67,7 @@ lock: $(STAMP)
 	rm .lock.tmp
 
 clean:
-	rm -rf runs .cache .pytest_cache .ruff_cache
+	rm -rf build runs .cache .pytest_cache .ruff_cache
 
 # The stamp comes last: an install that failed half-way is taken up again by the next command.
 $(STAMP): requirements.lock pyproject.toml

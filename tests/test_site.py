@@ -1,0 +1,260 @@
+"""The site: what is stored, complete in itself, and in a real browser fit to be read by everyone."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import axe_playwright_python
+import pytest
+from browser import chromium
+from bs4 import BeautifulSoup
+from playwright.sync_api import Browser, Page, expect
+
+from lib import ROOT
+from lib.record import validate_record
+
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+COMMAND = ["-m", "sphinx", "--quiet", "--fail-on-warning", "--fresh-env", "-c", "docs"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def build(source: Path, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, *COMMAND, "-d", folder / "doctrees", source, folder / "site"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("build")
+    run = build(ROOT, folder)
+    assert run.returncode == 0, run.stderr
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def soups(site) -> dict[Path, BeautifulSoup]:
+    return {path: BeautifulSoup(path.read_text(), "html.parser") for path in sorted(site.rglob("*.html"))}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def open_tab(browser, site):
+    """A window whose pages must run without an error and ask for nothing but files of the site."""
+    contexts, troubles = [], []
+
+    def open_tab(*, scheme: str = "light", width: int = 1280, base: str = site.as_uri()) -> Page:
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+        tab = context.new_page()
+
+        def note(kind: str, what: str) -> None:
+            troubles.append((tab.url, kind, what))
+
+        tab.on("pageerror", lambda error: note("error", str(error)))
+        tab.on("console", lambda message: note("console", message.text))
+        tab.on("requestfailed", lambda request: note("failed", request.url))
+        tab.on("response", lambda response: response.status < 400 or note(str(response.status), response.url))
+        inside = (f"{base}/", "data:")
+        tab.on("request", lambda request: request.url.startswith(inside) or note("request", request.url))
+        return tab
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+@pytest.fixture
+def served(site) -> Iterator[str]:
+    """Address of the site on a static server."""
+    handler = functools.partial(SilentHandler, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+
+def outputs(notebook: Path) -> list[dict]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return [output for cell in cells for output in cell.get("outputs", [])]
+
+
+def text_of(value: str | list[str]) -> str:
+    return " ".join("".join(value).split())
+
+
+# -- what is built ---------------------------------------------------------------------------------
+
+
+def test_make_site_builds_it():
+    plan = subprocess.run(["make", "--dry-run", "site"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert " ".join(COMMAND) + " -d build/doctrees . build/site" in plan
+
+
+def test_front_page_is_the_readme(soups, site):
+    assert soups[site / "index.html"].h1.text.startswith("Latent geometry notebooks")
+    assert (site / "index.html").read_text() == (site / "README.html").read_text()
+
+
+def test_all_pages_are_in_the_navigation(soups, site):
+    sidebar = soups[site / "index.html"].find(class_="sidebar-tree")
+    linked = {link["href"] for link in sidebar.find_all("a")}
+    pages = {path.relative_to(site).as_posix() for path in soups if "figures" not in path.parts}
+    assert pages - {"index.html", "search.html", "README.html"} <= linked
+
+
+def test_every_link_and_picture_resolves(soups, site):
+    """Within the site, fragments included; only links that a reader follows lead out."""
+    broken = []
+    ids = {path: {tag["id"] for tag in soup.find_all(id=True)} for path, soup in soups.items()}
+    for path, soup in soups.items():
+        for tag in soup.find_all(lambda tag: tag.has_attr("href") or tag.has_attr("src")):
+            url, fragment = urldefrag(tag.get("href", tag.get("src")))
+            if urlsplit(url).scheme in ("http", "https") and tag.name == "a" or url.startswith("data:"):
+                continue
+            target = (path.parent / unquote(urlsplit(url).path)).resolve() if url else path
+            inside = target.is_relative_to(site) and target.is_file() and not urlsplit(url).scheme
+            if not inside or (fragment and target in ids and fragment not in ids[target]):
+                broken.append((path.relative_to(site).as_posix(), str(tag)[:200]))
+    assert broken == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pages_show_what_notebooks_store(notebook, soups, site):
+    page = soups[site / "notebooks" / f"{notebook.stem}.html"]
+    shown = text_of(page.find("article").text)
+    for output in outputs(notebook):
+        assert text_of(output.get("text", "")) in shown
+    n_pictures = sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+    pictures = page.select(".cell_output img")
+    assert len(pictures) == n_pictures
+    record = validate_record(ROOT / "figures" / notebook.stem / "record.json")
+    filed = {artifact.alt for name, artifact in record.artifacts.items() if name.endswith(".png")}
+    alts = [picture["alt"] for picture in pictures]
+    assert {text_of(alt) for alt in filed} <= set(map(text_of, alts))
+    assert all(len(alt) > 10 for alt in alts)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_controls_leave_no_empty_boxes(notebook, soups, site):
+    page = soups[site / "notebooks" / f"{notebook.stem}.html"]
+    n_controls = sum(WIDGET in output.get("data", {}) for output in outputs(notebook))
+    assert page.text.count("Where a kernel runs") == n_controls
+    assert "VBox(" not in page.text and not page.find_all("script", type=WIDGET)
+
+
+def test_dashboard_is_there(soups, site):
+    assert (site / "figures" / "04_codi_attention" / "dashboard.html").is_file()
+    study = soups[site / "notebooks" / "04_codi_attention.html"]
+    assert study.find("a", href="../figures/04_codi_attention/dashboard.html")
+
+
+def test_faults_are_named_and_remote_pictures_stay_out(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "# Title\n\n[gone](notebooks/gone.ipynb) ![the\nbadge](https://example.org/badge.svg) $|x|^2$\n"
+    )
+    run = build(tmp_path, tmp_path / "build")
+    assert run.returncode != 0 and "notebooks/gone" in run.stderr
+    page = BeautifulSoup((tmp_path / "build" / "site" / "README.html").read_text(), "html.parser")
+    assert "the badge" in page.article.text and not page.article.find("img")
+    assert page.article.math.msup.mn.text == "2"
+
+
+# -- in a browser ----------------------------------------------------------------------------------
+
+
+# The contrast of a token of code is that of its class: one of each is measured, not thousands.
+ONE_OF_EACH_TOKEN = """() => {
+  const seen = new Set();
+  for (const token of document.querySelectorAll(".highlight span")) {
+    const kind = `${token.className} ${token.closest(".cell_output") !== null}`;
+    if (seen.has(kind)) token.replaceWith(token.textContent);
+    else seen.add(kind);
+  }
+}"""
+
+
+def violations(tab: Page, **options) -> list[str]:
+    """Serious and critical ones of the page on show; options of `axe.run`."""
+    tab.evaluate(ONE_OF_EACH_TOKEN)
+    tab.evaluate(AXE)
+    options |= {"preload": False, "resultTypes": ["violations"]}
+    found = tab.evaluate("(options) => axe.run(options)", options)["violations"]
+    return [
+        f"{tab.url} {rule['id']}: {node['html'][:200]}"
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
+
+
+def of_each_kind(pages: Iterable[Path]) -> set[Path]:
+    """All pages, but one of the models' cards, which differ in their words alone."""
+    cards = [path for path in pages if "organisms" in path.parts]
+    return set(pages) - set(cards[1:])
+
+
+def overflow(tab: Page) -> int:
+    """Pixels by which the page is wider than its window."""
+    return tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+def test_every_page_can_be_read(open_tab, soups):
+    tab, found = open_tab(), []
+    for path in soups:
+        tab.goto(path.as_uri())
+        assert overflow(tab) <= 0, path
+        found += violations(tab, rules={"color-contrast": {"enabled": path in of_each_kind(soups)}})
+    assert found == []
+
+
+def test_every_page_can_be_read_in_the_dark_on_a_telephone(open_tab, soups):
+    tab, found = open_tab(scheme="dark", width=400), []
+    for path in soups:
+        tab.goto(path.as_uri())
+        assert overflow(tab) <= 0, path
+        if path in of_each_kind(soups):
+            found += violations(tab, runOnly=["color-contrast", "scrollable-region-focusable"])
+    assert found == []
+
+
+def test_light_and_dark(open_tab, site):
+    grounds = {}
+    for scheme in ("light", "dark"):
+        tab = open_tab(scheme=scheme)
+        tab.goto((site / "index.html").as_uri())
+        grounds[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert grounds["light"] == "rgb(255, 255, 255)" != grounds["dark"]
+
+
+@pytest.mark.parametrize("how", ["from disk", "from a server"])
+def test_search_finds_a_notebook(how, open_tab, site, served):
+    base = site.as_uri() if how == "from disk" else served
+    tab = open_tab(base=base)
+    tab.goto(f"{base}/index.html")
+    tab.get_by_role("textbox", name="Search").fill("Dirichlet")
+    tab.keyboard.press("Enter")
+    result = tab.locator("#search-results a", has_text="Neighbour mixing").first
+    expect(result).to_be_visible()
+    result.click()
+    expect(tab.locator("h1")).to_contain_text("Neighbour mixing")
