@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib import ROOT
 from lib.claims import claims_table
+from lib.progress import clock
 from lib.record import Record, RecordError, figures_folder, validate_record
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def main(
     for outcome in failed:
         print(f"FAILED {outcome.study} (log: {output / outcome.study}.log)\n{outcome.problem}\n")
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} studies left a valid record "
-          f"in {_clock(sum(outcome.seconds for outcome in outcomes))}; "
+          f"in {clock(sum(outcome.seconds for outcome in outcomes))}; "
           f"figures in {figures_folder()}, notebooks in {output}")
     return 1 if failed else 0
 
@@ -121,15 +122,17 @@ def run_study(notebook: Path, executed: Path, papermill_options: Sequence[str], 
     old = _identity(record_path)
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     executed.unlink(missing_ok=True)
+    work = executed.with_suffix(".progress")
+    work.unlink(missing_ok=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "papermill", str(notebook), str(executed),
          "--no-progress-bar", "--log-output", "--log-level", "INFO", *papermill_options],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace",
+        text=True, errors="replace", env=os.environ | {"PROGRESS_FILE": str(work.resolve())},
     )
     # papermill adds a cell when it has parameters to pass on.
     injects = any(word.startswith(("-p", "-r", "-y", "-f", "-b", "--param")) for word in papermill_options)
-    progress = _Progress(study, len(cells) + injects)
+    progress = _Progress(study, len(cells) + injects, work)
     try:
         lines = _follow(process, executed.with_suffix(".log"), progress, started + timeout)
     except KeyboardInterrupt:
@@ -146,6 +149,7 @@ def run_study(notebook: Path, executed: Path, papermill_options: Sequence[str], 
         record, problem = None, f"  it was stopped: it took longer than {timeout:g} s (--timeout)"
     elif process.returncode != 0 or record is None:
         record, problem = None, _last_words(lines, process.returncode, problem)
+    work.unlink(missing_ok=True)
     progress.close("done" if record else "FAILED", seconds)
     return Outcome(study, record, problem, seconds)
 
@@ -290,8 +294,10 @@ def _refresh(notebook: Path, executed: Path) -> None:
 class _Progress:
     """One line a study: rewritten in place on a terminal, else a new line every few seconds."""
 
-    def __init__(self, study: str, n_cells: int):
+    def __init__(self, study: str, n_cells: int, work: Path):
         self.study, self.n_cells, self.cell = study, n_cells, 0
+        self.work = work  # file of `lib.progress`
+        self.width = 28
         self.started = time.monotonic()
         self.shown = 0.0
         self.terminal = sys.stdout.isatty()
@@ -303,19 +309,22 @@ class _Progress:
         now = time.monotonic()
         if self.terminal or now - self.shown >= 10:
             self.shown = now
-            self._write(f"cell {self.cell} of {self.n_cells}", now - self.started, "")
+            self._write(f"cell {self.cell} of {self.n_cells}{self._working()}", now - self.started, "")
 
     def close(self, word: str, seconds: float) -> None:
         place = "" if word == "done" else f" at cell {self.cell} of {self.n_cells}"
         self._write(word + place, seconds, "\n")
 
+    def _working(self) -> str:
+        """What the cell is at, such as ", ablation sweep 12/40, 1:10 left"."""
+        text = self.work.read_text(encoding="utf-8") if self.work.is_file() else ""
+        line = text.rpartition("\n")[0].rpartition("\n")[2]  # the last whole one
+        return f", {line}" if line.endswith(" left") else ""
+
     def _write(self, state: str, seconds: float, end: str) -> None:
-        line = f"{self.study:<24} {state:<28} {_clock(seconds):>7}"
+        self.width = max(self.width, len(state))  # a shorter line on a terminal covers the longer one
+        line = f"{self.study:<24} {state:<{self.width}} {clock(seconds):>7}"
         print(f"\r{line}" if self.terminal else line, end=end if self.terminal else "\n", flush=True)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 if __name__ == "__main__":

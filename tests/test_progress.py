@@ -1,0 +1,241 @@
+"""What long work says of itself: in a notebook that a person runs, in `lib.run`, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+from lib import progress, run
+from lib.batches import Batches
+from lib.progress import clock, counting
+from lib.record import Cache
+
+
+class Clock:
+    """Time that goes by when told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time_goes(monkeypatch) -> Clock:
+    monkeypatch.setattr(progress, "time", Clock())
+    return progress.time
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    """Names a file for progress; returns what was written to it."""
+    path = tmp_path / "progress"
+    monkeypatch.setenv("PROGRESS_FILE", str(path))
+    return lambda: path.read_text().splitlines() if path.exists() else []
+
+
+def test_lines_come_after_two_seconds_and_then_one_a_second(time_goes, lines):
+    with counting("ablation sweep", 40) as count:
+        for _ in range(10):
+            time_goes.now += 0.4
+            count(4)
+    assert lines() == [
+        "ablation sweep 20/40, 0:02 left", "ablation sweep 32/40, 0:00 left", "ablation sweep 40/40 in 0:04"
+    ]  # fmt: skip
+
+
+def test_short_work_says_nothing(time_goes, lines):
+    with counting("short", 2) as count:
+        for _ in range(2):
+            time_goes.now += 0.9
+            count(1)
+    assert lines() == []
+
+
+def test_time_left_does_not_count_on_what_was_read_from_the_cache(time_goes, lines, tmp_path):
+    def compute():
+        time_goes.now += 5
+        return {"a": np.zeros(1)}
+
+    cache = Cache(tmp_path / "cache")
+    for i in range(6):
+        cache.get("unit", {"i": i}, compute)
+    with counting("units", 10) as count:
+        for i in range(10):
+            cache.get("unit", {"i": i}, compute)
+            count(1)
+    assert lines()[0] == "units 7/10, 0:15 left" and lines()[-1] == "units 10/10 in 0:20"
+
+
+def test_time_left_follows_the_last_units(time_goes, lines):
+    with counting("units", 100) as count:
+        for i in range(60):
+            time_goes.now += 1 if i < 30 else 3
+            count(1)
+    assert "units 60/100, 2:00 left" in lines()
+
+
+def test_work_within_counted_work_is_silent_and_work_after_an_error_is_not(time_goes, lines):
+    def fails(rows):
+        time_goes.now += 10
+        if rows[0] == 2:
+            raise ValueError("no")
+        return rows
+
+    with counting("outer", 2), pytest.raises(ValueError):
+        for done in range(2):
+            list(Batches(1).map(fails, range(done, 3)))
+    assert lines() == []
+    with pytest.raises(ValueError):
+        list(Batches(1).map(fails, range(4)))
+    assert lines()[-1].startswith("test work within counted work is silent") and lines()[-1].endswith(
+        "2/4 in 0:30"
+    )
+
+
+def test_file_that_can_not_be_written_stops_nothing(time_goes, monkeypatch, tmp_path):
+    monkeypatch.setenv("PROGRESS_FILE", str(tmp_path / "no" / "folder"))
+    with counting("work", 1) as count:
+        time_goes.now += 9
+        count(1)
+
+
+def test_counting_costs_next_to_nothing():
+    started = time.perf_counter()
+    with counting("work", 10**5) as count:
+        for _ in range(10**5):
+            count(1)
+    assert time.perf_counter() - started < 1.0  # 10 us a unit, of which the shortest takes milliseconds
+
+
+def test_clock():
+    assert [clock(seconds) for seconds in (0, 65.9, 3600, 90061)] == ["0:00", "1:05", "1:00:00", "25:01:01"]
+
+
+# -- in a kernel -----------------------------------------------------------------------------------
+
+WORK = """
+import time
+from lib.batches import Batches
+print("before")
+found = list(Batches(1).map(lambda rows: time.sleep(0.3), range(9)))
+print("after", len(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    lines = tmp_path_factory.mktemp("kernel") / "progress"
+    manager, client = start_new_kernel(env=os.environ | {"PROGRESS_FILE": str(lines), "OMP_NUM_THREADS": "1"})
+    client.progress_file, client.manager = lines, manager
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def outputs(client, code: str, attended: bool, during=None) -> list[tuple[str, dict]]:
+    """Messages of a cell's outputs, in order."""
+    found = []
+
+    def collect(message) -> None:
+        if message["msg_type"] not in ("status", "execute_input"):
+            found.append((message["msg_type"], message["content"]))
+            if during:
+                during(message)
+
+    client.execute_interactive(code, allow_stdin=attended, output_hook=collect, timeout=120)
+    return found
+
+
+def printed(messages) -> str:
+    return "".join(content["text"] for kind, content in messages if kind == "stream")
+
+
+def test_cell_of_a_person_shows_a_bar_that_goes(kernel):
+    messages = outputs(kernel, WORK, attended=True)
+    assert printed(messages) == "before\nafter 9\n" and not kernel.progress_file.exists()
+    shown = [(kind, content) for kind, content in messages if kind != "stream"]
+    assert [kind for kind, _ in shown] == ["display_data"] + ["update_display_data"] * (len(shown) - 1)
+    assert len({content["transient"]["display_id"] for _, content in shown}) == 1
+    assert re.fullmatch(r"<lambda> [4-7]/9, 0:0\d left", shown[0][1]["data"]["text/plain"])
+    bar = r'<progress max="9" value="[4-7]" aria-label="(&lt;lambda&gt; ./9, 0:0. left)"></progress> \1'
+    assert re.fullmatch(bar, shown[0][1]["data"]["text/html"])
+    assert len(shown) >= 2 and shown[-1][1]["data"] == {}
+
+
+def test_cell_of_papermill_or_nbval_shows_what_it_prints_and_tells_the_file(kernel):
+    messages = outputs(kernel, WORK, attended=False)
+    assert [kind for kind, _ in messages] == ["stream"] * len(messages)
+    assert printed(messages) == "before\nafter 9\n"
+    told = kernel.progress_file.read_text().splitlines()
+    kernel.progress_file.unlink()
+    assert re.fullmatch(r"<lambda> [4-7]/9, 0:0\d left", told[0])
+    assert re.fullmatch(r"<lambda> 9/9 in 0:0\d", told[-1])
+
+
+SWEEP = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_resume import sweep
+sweep(Path({model!r}), Path({cache!r}), Path({result!r}), pause={pause})
+"""
+
+
+def test_sweep_that_was_interrupted_goes_on_and_ends_with_the_same_bits(kernel, tmp_path):
+    from test_resume import BATCHES, arrays, assert_same_bits, entries
+    from tiny import save_tiny
+
+    where = dict(tests=str(Path(__file__).parent), model=str(save_tiny("llama", tmp_path / "llama")))
+
+    def cell(name: str, cache: str, pause: float = 0.0) -> str:
+        return SWEEP.format(**where, cache=str(tmp_path / cache), result=str(tmp_path / name), pause=pause)
+
+    assert outputs(kernel, cell("whole.npz", "whole"), attended=True) == []
+
+    def interrupt(message) -> None:  # the bar is there: the sweep is in its midst
+        if message["msg_type"] == "display_data":
+            kernel.manager.interrupt_kernel()
+
+    messages = outputs(kernel, cell("none.npz", "cache", pause=0.3), attended=True, during=interrupt)
+    assert messages[-1][0] == "error" and messages[-1][1]["ename"] == "KeyboardInterrupt"
+    assert messages[-2][0] == "update_display_data" and messages[-2][1]["data"] == {}, (
+        "the bar is still there"
+    )
+    before = entries(tmp_path / "cache")
+    assert 0 < len(before) < BATCHES and not (tmp_path / "none.npz").exists()
+
+    assert outputs(kernel, cell("again.npz", "cache"), attended=True) == []
+    after, found = entries(tmp_path / "cache"), arrays(tmp_path / "again.npz")
+    assert len(after) == BATCHES and before.items() <= after.items(), "what was done is not done again"
+    assert found["n_forwards"] <= BATCHES - len(before) + 1  # a baseline that the missing rows start from
+    assert_same_bits(found, arrays(tmp_path / "whole.npz"))
+
+
+# -- in lib.run ------------------------------------------------------------------------------------
+
+
+def test_run_shows_the_work_of_the_cell_in_its_line(write_notebook, figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run._Progress, "show", always_on_a_terminal(run._Progress.show))
+    write_notebook(WORK, "study.close()")
+    assert run.main([], tmp_path / "notebooks", tmp_path / "runs") == 0
+    said = capsys.readouterr().out.split("\r")
+    assert any(re.search(r"cell 3 of 4, <lambda> [4-8]/9, 0:0\d left ", line) for line in said)
+    assert said[-1].startswith("01_induction_ablation    done  ")
+    assert len({len(line.split("\n")[0]) for line in said[-2:]}) == 1, "what was longer shows behind the line"
+    assert not list((tmp_path / "runs").glob("*.progress"))
+
+
+def always_on_a_terminal(show):
+    def on_a_terminal(self, cell=None):
+        self.terminal = True
+        show(self, cell)
+
+    return on_a_terminal
