@@ -42,10 +42,15 @@ def _show_error(
     frames = _frames(traceback)
     own = _own_frames(frames)
     if not own or not any(map(_is_nnsight, frames)):
-        shell.showtraceback((kind, error, traceback), running_compiled_code=True)
+        # Without a line of the notebook the cell did not run: its syntax is wrong.
+        shell.showtraceback((kind, error, traceback), running_compiled_code=bool(own))
         return
-    if not hasattr(error, "__intervention_tb__"):  # the model itself stumbled, over what a block gave it
-        own += [frame for frame in frames[-1:] if _is_foreign(frame)]
+    if (
+        frames[-1] is not own[-1]
+        and not hasattr(error, "__intervention_tb__")
+        and not _is_nnsight(frames[-1])
+    ):
+        own.append(frames[-1])  # the model itself stumbled, over what a block gave it
     cut = None
     for frame in reversed(own):
         cut = types.TracebackType(cut, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
