@@ -43,6 +43,7 @@ html_js_files = ["site.js"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_use_index = False
+html_show_copyright = False
 html_show_sphinx = False
 html_show_search_summary = False  # summaries are fetched, which browsers refuse from disk
 
@@ -114,8 +115,11 @@ def _alt(cell: dict, study: str) -> str | None:
 
 
 def _keep_inside(app: Sphinx, doctree: nodes.document) -> None:
-    """Links to files of the repository open copies at the same place; words stand for remote pictures."""
+    """Links to files open copies at the same place; for folders and remote pictures, words stand."""
     here = Path(app.env.doc2path(app.env.docname)).parent
+    for link in list(doctree.findall(addnodes.pending_xref)):
+        if link["reftarget"] and (here / link["reftarget"]).is_dir():
+            link.replace_self(link.children)
     for link in list(doctree.findall(addnodes.download_reference)):
         source = (here / link["reftarget"]).resolve()
         target = app.outdir / source.relative_to(ROOT)

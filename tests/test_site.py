@@ -169,14 +169,18 @@ def test_dashboard_is_there(soups, site):
     assert study.find("a", href="../figures/04_codi_attention/dashboard.html")
 
 
-def test_faults_are_named_and_remote_pictures_stay_out(tmp_path):
+def test_broken_links_are_named_and_what_is_elsewhere_stays_there(tmp_path):
     (tmp_path / "README.md").write_text(
-        "# Title\n\n[gone](notebooks/gone.ipynb) ![the\nbadge](https://example.org/badge.svg) $|x|^2$\n"
+        "# Title\n\n[gone](notebooks/gone.ipynb) [a folder](build) $|x|^2$\n"
+        "![the\nbadge](https://example.org/badge.svg)\n"
     )
+    (tmp_path / "build").mkdir()
     run = build(tmp_path, tmp_path / "build")
-    assert run.returncode != 0 and "notebooks/gone" in run.stderr
+    assert run.returncode != 0
+    assert "notebooks/gone" in run.stderr and "README.md:3" in run.stderr and "'build'" not in run.stderr
     page = BeautifulSoup((tmp_path / "build" / "site" / "README.html").read_text(), "html.parser")
     assert "the badge" in page.article.text and not page.article.find("img")
+    assert "a folder" in page.article.text and not page.article.find("a", string="a folder")
     assert page.article.math.msup.mn.text == "2"
 
 
