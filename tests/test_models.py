@@ -31,7 +31,10 @@ from tokenizers.models import BPE, Unigram
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lib import models, registry
-from lib.interventions import ablate_heads
+from lib.attention import attention_spectra
+from lib.generation import generate
+from lib.generation import intact as intact_condition
+from lib.interventions import Condition, ablate_heads, ablation_sweep
 from lib.models import (
     ModelError,
     bos_id,
@@ -158,7 +161,7 @@ LAYOUTS = {
 def test_released_layouts_load_and_are_intervened_on_like_plain_torch(layout, tmp_path):
     """Shards with an index, a 16-bit dtype, a BPE tokenizer on which the words of the grid are tokens."""
     family, dtype, changes = LAYOUTS[layout]
-    bpe = bpe_tokenizer(GRID_WORDS, bos_token="<end>", eos_token="<end>")
+    bpe = bpe_tokenizer(GRID_WORDS, bos_token="<end>", eos_token="<end>", pad_token="<end>")
     config = copy.deepcopy(CONFIGS[family])
     for name, value in changes.items():
         setattr(config, name, value)
@@ -197,7 +200,29 @@ def test_released_layouts_load_and_are_intervened_on_like_plain_torch(layout, tm
         logits = model.lm_head.output.save()
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert (expected - intact).abs().max() > 1e-2
+
+    # The same through the sweep of study 1, the attention of study 2, and the answers of study 3.
+    what = {"word_ids": ids[0, 1:].tolist(), "labels": np.arange(16)[None], "n_classes": 16, "layer": 2}
+    sweep = ablation_sweep(model, ids, [Condition("intact"), Condition("one", [(layer, head)])], **what)
+    for found, whole in zip(sweep.word_probabilities[:, 0], (intact, expected), strict=True):
+        wanted = whole[0, 1:].float().softmax(-1)[:, ids[0, 1:]]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4 if dtype == "float32" else 0.05)
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=getattr(torch, dtype), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        maps = torch.stack(plain(input_ids=ids, use_cache=False, output_attentions=True).attentions, dim=1)
+    diagonals = [maps.float().diagonal(-offset, dim1=-2, dim2=-1).mean(-1) for offset in range(17)]
+    spectra = attention_spectra(model, ids)
+    np.testing.assert_allclose(spectra, torch.stack(diagonals, -1), atol=1e-6 if dtype == "float32" else 1e-2)
+    prompts = [ids[0].tolist(), ids[0, :7].tolist()]
+    answers = generate(model, prompts, [intact_condition(model)], max_new_tokens=3)[0]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone = plain.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=0)
+        assert answer == [token for token in alone[0, len(prompt) :].tolist() if token]
+
     if changes.get("sliding_window"):
+        assert np.abs(spectra[..., 5:]).max() == 0, "no head sees behind the window"
         wide = AutoModelForCausalLM.from_pretrained(tmp_path, sliding_window=None)
         with torch.no_grad():
             assert (wide(input_ids=ids, use_cache=False).logits - intact)[:, 8:].abs().max() > 1e-2

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import ast
+import json
 import subprocess
 import sys
 
 import pytest
 
+from lib import ROOT
 from lib.parameters import (
     InductionAblation,
     NeighborMixing,
@@ -72,7 +75,11 @@ def test_float_reads_what_yaml_leaves_a_string():
         ({"k_values": "[1, 2.5]"}, "k_values[1]: got 2.5; a whole number is needed"),
         ({"k_values": [1, "two"]}, "k_values[1]: got 'two'; a whole number is needed"),
         ({"remote": "perhaps"}, "remote: got 'perhaps'; true or false is needed"),
-        ({"remote": "true"}, "remote: the traces of this study do not run on NDIF so far; leave it false"),
+        (
+            {"remote": "true"},
+            "remote: NDIF serves models of the hub, and 'organism/induction' is one of this repository; name "
+            "another model_id",
+        ),
         ({"ablation": "median"}, "ablation: got 'median'; allowed: 'zero' or 'mean'"),
         ({"window": 400}, "window: 400 tokens of seq_len = 400; at most 320 leave a start"),
         ({"words": ["apple"] * 16}, "words: each may stand once; repeated: apple"),
@@ -208,3 +215,13 @@ def test_parameters_of_the_refusal_study_that_do_not_go_together(values, message
 def test_two_judges_of_different_models_go_together():
     values = CHAT | {"second_judge": "openai", "second_judge_model": "another", "strengths": "[0.5, 1]"}
     assert check(RefusalLowRank, values).strengths == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("study", [name for name in schemas() if not name.startswith("00")])
+def test_notebook_loads_its_model_at_the_revision_asked_for(study):
+    cells = json.loads((ROOT / "notebooks" / f"{study}.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    calls = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    first = next(call for call in calls if ast.unparse(call.func) in ("models.load", "load_codi"))
+    [given] = [ast.unparse(keyword.value) for keyword in first.keywords if keyword.arg == "revision"]
+    assert given in ("p.revision", "p.revision if name == focus else ''"), "not that of the models beside it"

@@ -95,6 +95,9 @@ def test_every_entry_is_what_its_notebook_and_the_literature_know(model, study):
         assert published(key), key
     if "layer" in model.parameters(study):
         assert 0 < parameters.layer < model.layers
+    assert model.revision, "the newest commit of a model of the studies is not what was measured"
+    assert (study == "01_induction_ablation") == bool(model.studies[study].depth_fraction)
+    assert bool(model.chat) == (study == "03_refusal_low_rank")
 
 
 def test_llama_is_run_as_published():
