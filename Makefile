@@ -53,7 +53,7 @@ bench: $(STAMP)
 
 sweep: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[sweep]'
-	$(BIN)/python -m snakemake -s sweeps/Snakefile --cores 1 $(ARGS)
+	$(BIN)/python -m snakemake -s sweeps/Snakefile --cores 2 $(ARGS)
 
 # A person's wheels may carry a local version (2.13.0+cpu) that no registry knows: pins are written without it.
 lock: $(STAMP)
