@@ -94,17 +94,11 @@ def _write_cell(path: Path, source: str) -> None:
     tags = [cell["metadata"].get("tags", []) for cell in document["cells"]]
     place = next(i for i, of_cell in enumerate(tags) if "parameters" in of_cell) + 1
     if TAG not in tags[place]:
-        document["cells"].insert(
-            place,
-            {
-                "cell_type": "code",
-                "execution_count": None,
-                "id": TAG,
-                "outputs": [],
-                "source": [],
-                "metadata": {"jupyter": {"source_hidden": True}, "tags": [TAG]},
-            },
-        )
+        cell = {"cell_type": "code", "execution_count": None, "outputs": [], "source": []}
+        cell["metadata"] = {"jupyter": {"source_hidden": True}, "tags": [TAG]}
+        if document["nbformat_minor"] >= 5:  # earlier formats allow no names
+            cell["id"] = TAG
+        document["cells"].insert(place, cell)
     document["cells"][place]["source"] = source.splitlines(keepends=True)
     text = json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True)  # as lib.run stores it
     path.write_text(text + "\n", encoding="utf-8")

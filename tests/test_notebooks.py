@@ -192,7 +192,8 @@ def disagreements(path: Path, schema) -> list[str]:
     fields = schema.model_fields
     seen = papermill.inspect_notebook(str(path))
     if set(seen) != set(fields):
-        found.append(f"papermill sees {sorted(seen)}, the schema has {sorted(fields)}")
+        lacking, more = sorted({*fields} - {*seen}), sorted({*seen} - {*fields})
+        found.append(f"papermill sees no {lacking} of the schema, and {more} besides")
     for statement in ast.parse(source).body:
         name = ast.unparse(statement.target)
         if name not in fields:
@@ -302,7 +303,7 @@ def test_departure_from_the_shape_is_caught(place, instead, message):
         ("seq_len: int = 300  # tokens", "seq_len is int = 300, in the schema int = 400"),
         ("seq_len: float = 400  # tokens", "seq_len is float = 400"),
         ("seq_len: int = 400", "not a line"),
-        ("seq_len: int = 400  # tokens\nx: int = 1  # more", "papermill sees"),
+        ("seq_len: int = 400  # tokens\nx: int = 1  # more", "no [] of the schema, and ['x'] besides"),
     ],
 )
 def test_parameters_cell_that_differs_from_the_schema_is_caught(write_notebook, line, message):

@@ -141,6 +141,25 @@ def test_publishing_writes_every_place(repository, tmp_path):
     assert publish.with_badges(readme, "", "", []) == publish.with_badges(before, "", "", [])
 
 
+@pytest.mark.parametrize("minor", [4, 5])
+def test_new_notebook_gets_the_cell(tmp_path, minor):
+    for name in ("CITATION.cff", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    path = tmp_path / "notebooks" / "05_new.ipynb"
+    cells = [
+        {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": [source]}
+        | ({"id": str(i)} if minor == 5 else {})
+        for i, source in enumerate(("x: int = 1  # one", "print(x)"))
+    ]
+    cells[0]["metadata"]["tags"] = ["parameters"]
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": minor}))
+    publish.main([], tmp_path)
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert [cell.metadata.get("tags") for cell in notebook.cells] == [["parameters"], ["install"], None]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
