@@ -5,7 +5,7 @@
 #                 pages in a headless Chromium, which root on Debian gets by apt-get if there is none
 # make lab        open JupyterLab
 # make site       a site of README, stored notebooks and model cards, into build/site/
-# make notebooks  execute every study and store its output in notebooks/
+# make notebooks  execute every study, store its output in notebooks/, draw the picture of README.md
 # make organisms  train the embedded models again
 # make bench      time and memory of studies 1, 3 and 4 against the straightforward way
 # make sweep     the runs that sweeps/seeds.yaml names, or ARGS="--config sweep=FILE"; see sweeps/README.md
@@ -40,6 +40,7 @@ site: $(STAMP)
 
 notebooks: $(STAMP)
 	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) --refresh
+	$(BIN)/python -m lib.hero
 
 organisms: $(STAMP)
 	for name in induction refusal-single refusal-lowrank refusal-planted-1 refusal-planted-2 refusal-planted-3 \
