@@ -83,8 +83,10 @@ def attention_spectra(
 
     def run(rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
-            means = [_offset_means(block.self_attn.output[1], n_prefix) for block in model.layers]
-            part = torch.stack(means, dim=1).cpu().save()
+            means = [
+                _offset_means(block.self_attn.output[1], n_prefix).detach().cpu() for block in model.layers
+            ]
+            part = torch.stack(means, dim=1).save()
             tracer.stop()
         return part
 
@@ -140,12 +142,12 @@ def second_copy_loss(
     """
 
     def run(rows: torch.Tensor) -> torch.Tensor:
+        targets = rows[:, -period + 1 :].flatten()
         with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False):
             # Logits at a token predict the next one; the first token of the second copy comes as a surprise.
-            logits = model.lm_head.output[:, -period:-1].float().cpu().save()
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), rows[:, -period + 1 :].flatten(), reduction="none"
-        )
+            logits = model.lm_head.output[:, -period:-1].float().cpu().flatten(0, 1)
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").detach().save()
+        return losses
 
     ids = _repeated(tokens, n_sequences, period, seed, bos)
     return torch.cat(list(Batches(batch_size).map(run, ids))).mean().item()

@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from lib.batches import Batches
-from lib.models import ModelError, TransformersModel, provenance, shape
+from lib.models import ModelError, TransformersModel, is_remote, provenance, shape
 from lib.progress import counting
 from lib.record import Cache
 
@@ -110,10 +110,13 @@ def remove_subspace(
         strength: a number, or one a row [row, 1, 1].
         center: [d_model], or one a row [row, 1, d_model]; None is zero.
     """
+    basis = basis.to(stream.device)
+    strength = strength.to(stream.device) if isinstance(strength, torch.Tensor) else strength
     # In the basis' float32: in half precision the coordinates would be rounded before they are subtracted.
-    centred = stream.to(basis.dtype) if center is None else stream - center
-    coordinates = centred @ basis.mT  # [row, token, k]
-    stream -= (strength * coordinates) @ basis
+    with torch.autocast(stream.device.type, enabled=False):  # NDIF's would do so
+        centred = stream.to(basis.dtype) if center is None else stream - center.to(stream.device)
+        coordinates = centred @ basis.mT  # [row, token, k]
+        stream -= (strength * coordinates) @ basis
 
 
 def chat_ids(model: TransformersModel, texts: Sequence[str]) -> list[list[int]]:
@@ -166,8 +169,14 @@ def generate(
     Raises:
         ValueError: a prompt without tokens or longer than the model's positions, a layer that the model
             lacks, or a basis of another width, naming it.
-        ModelError: a tokenizer without pad token.
+        ModelError: a tokenizer without pad token, or a remote model, whose key-value cache would travel with
+            every token.
     """
+    if is_remote(model):
+        raise ModelError(
+            "answers are written over a key-value cache, which would travel to NDIF and back with every "
+            "token; load the model here, or take a measure of the first token"
+        )
     measure = partial(_answers, model, max_new_tokens, end_tokens(model))
     tokens = _over_rows(
         model, prompts, conditions, measure,
@@ -211,7 +220,7 @@ def first_token_log_probabilities(
     """
 
     def measure(rows: list[Tokens], edits: list[Ablation]) -> np.ndarray:
-        return _prefill(model, rows, edits)[0].log_softmax(-1).cpu().numpy()
+        return _first_logits(model, rows, edits).log_softmax(-1).cpu().numpy()
 
     return _over_rows(
         model, prompts, conditions, measure,
@@ -279,9 +288,9 @@ def last_token_streams(
         if padding in ("right", "left-unmasked"):
             inputs = _wrongly_padded(model, [prompts[i] for i in rows], longest, padding)
         with torch.no_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=1):
-            streams = [block.input[:, -1] for block in model.layers]
-            streams.append(model.layers[-1].output[:, -1])
-            at_last = torch.stack(streams, dim=1).float().cpu().save()
+            streams = [block.input[:, -1].detach().cpu() for block in model.layers]
+            streams.append(model.layers[-1].output[:, -1].detach().cpu())
+            at_last = torch.stack(streams, dim=1).float().save()
         return at_last
 
     found[order] = torch.cat(list(Batches(size).map(read, order)))
@@ -296,7 +305,7 @@ def end_tokens(model: TransformersModel) -> set[int]:
 
 
 def auto_rows(model: TransformersModel, length: int) -> int:
-    """Rows a forward that take up half of a GPU's free memory, or on a CPU 256 MB; 256 at most.
+    """Rows a forward that take up half of a GPU's free memory, on a CPU 256 MB, on NDIF 2 GB; 256 at most.
 
     Counts the activations of one block at `length` tokens, and twice the key-value cache.
     """
@@ -305,7 +314,7 @@ def auto_rows(model: TransformersModel, length: int) -> int:
     parameter = next(model._module.parameters())
     kept = 4 * sizes.n_layers * sizes.n_key_value_heads * sizes.d_head
     row_bytes = length * (8 * config.hidden_size + 4 * width + kept) * parameter.element_size()
-    budget = 2**28
+    budget = 2**28 if not parameter.is_meta else 2**31
     if parameter.device.type == "cuda":
         budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
     # Powers of two: free memory that varies a little does not make other batches, which no cache holds.
@@ -336,7 +345,7 @@ def _answers(
             break
         # Dropping copies what stays, so it waits until a quarter has ended.
         if running.sum() <= 0.75 * len(running):
-            left = torch.from_numpy(np.flatnonzero(running)).to(chosen.device)
+            left = torch.from_numpy(np.flatnonzero(running))  # on the CPU it picks rows on any device
             state.keep(left)
             chosen, rows, running = chosen[left], rows[running], running[running]
         logits = state.step(chosen)
@@ -346,9 +355,9 @@ def _answers(
 def _divergences(model: TransformersModel, prompts: list[Tokens], conditions: list[Ablation]) -> np.ndarray:
     """KL(intact || condition) of the next token [row]."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    reference, _ = _prefill(model, distinct, [intact(model)] * len(distinct))
-    logits, _ = _prefill(model, prompts, conditions)
-    before = reference.log_softmax(-1)[_indices(prompts, distinct, reference.device)]
+    reference = _first_logits(model, distinct, [intact(model)] * len(distinct))
+    logits = _first_logits(model, prompts, conditions)
+    before = reference.log_softmax(-1)[_indices(prompts, distinct)]
     kl = (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
     return kl.clamp_min(0).cpu().numpy()  # rounding alone makes it negative
 
@@ -357,7 +366,7 @@ def _log_odds(
     model: TransformersModel, token_ids: list[int], prompts: list[Tokens], conditions: list[Ablation]
 ) -> np.ndarray:
     """Log-odds that the next token is one of token_ids [row]."""
-    logits, _ = _prefill(model, prompts, conditions)
+    logits = _first_logits(model, prompts, conditions)
     chosen = logits[:, token_ids].logsumexp(-1)
     logits[:, token_ids] = -torch.inf
     return (chosen - logits.logsumexp(-1)).cpu().numpy()
@@ -468,7 +477,7 @@ def _prefill(
     if 0 < edits.first < shape(model).n_layers and len(distinct) < len(prompts):
         # No row touches the blocks below: they read every prompt once.
         lower, entry = _read_below(model, _padded(model, distinct), edits.first)
-        of_row = _indices(prompts, distinct, model.device)
+        of_row = _indices(prompts, distinct)
         lower.batch_select_indices(of_row)
         cache = DynamicCache(config=model._module.config)
         logits = _forward(model, inputs, edits, cache, edits.first, entry[of_row])
@@ -479,11 +488,20 @@ def _prefill(
     return logits, _State(model, edits, cache, inputs)
 
 
+def _first_logits(
+    model: TransformersModel, prompts: list[Tokens], conditions: list[Ablation]
+) -> torch.Tensor:
+    """Logits of the next token [row, vocabulary], in one trace where it runs remote."""
+    if is_remote(model):
+        return _forward(model, _padded(model, prompts), _Edits(model, conditions), None)
+    return _prefill(model, prompts, conditions)[0]
+
+
 def _forward(
     model: TransformersModel,
     inputs: dict[str, torch.Tensor],
     edits: _Edits,
-    cache: DynamicCache,
+    cache: DynamicCache | None,
     first: int = 0,
     entry: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -491,7 +509,8 @@ def _forward(
     # The last token's logits. Where it is the only one, a tensor says so, not a number: nnsight then hands
     # the batch on as it is, instead of taking it apart into rows and putting them together at every step.
     last = torch.tensor([0]) if inputs["input_ids"].shape[1] == 1 else 1
-    removed, options = edits.removed, {"past_key_values": cache, "use_cache": True, "logits_to_keep": last}
+    removed, shifts = edits.removed, edits.shifts  # a remote model is sent what the block names
+    options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": last}
     with torch.no_grad(), model.trace(**inputs, **options):
         for index, block in enumerate(model.layers):
             if index < first:
@@ -499,14 +518,14 @@ def _forward(
                 continue
             if index in removed["block_input"]:
                 remove_subspace(block.input, *removed["block_input"][index])
-            if index in edits.shifts:
+            if index in shifts:
                 stream = block.input
-                stream += edits.shifts[index]
+                stream += shifts[index].to(stream.device)
             if index in removed["attention"]:
                 remove_subspace(block.self_attn.o_proj.output, *removed["attention"][index])
             if index in removed["mlp"]:
                 remove_subspace(block.mlp.output, *removed["mlp"][index])
-        logits = model.lm_head.output[:, -1].float().save()
+        logits = model.lm_head.output[:, -1].float().detach().save()
     return logits
 
 
@@ -630,10 +649,10 @@ def _wrongly_padded(
     return {"input_ids": ids.to(model.device)}
 
 
-def _indices(prompts: list[Tokens], distinct: list[tuple], device: torch.device) -> torch.Tensor:
-    """Which of the distinct prompts each row reads [row]."""
+def _indices(prompts: list[Tokens], distinct: list[tuple]) -> torch.Tensor:
+    """Which of the distinct prompts each row reads [row], on the CPU."""
     number = {prompt: i for i, prompt in enumerate(distinct)}
-    return torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
+    return torch.tensor([number[tuple(prompt)] for prompt in prompts])
 
 
 def _signature(condition: Ablation, n_layers: int) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lib.batches import Batches, auto_batch_size
-from lib.models import TransformersModel, provenance, shape
+from lib.models import TransformersModel, is_remote, provenance, shape
 from lib.progress import counting
 from lib.record import Cache
 
@@ -120,18 +120,20 @@ def mean_head_outputs(
     Returns:
         [layer, head, d_head], float32.
     """
-    sizes = shape(model)
+    n_heads = shape(model).n_heads
 
     def run(rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
             sums = [
                 block.self_attn.o_proj.input[:, n_prefix:]
-                .unflatten(-1, (sizes.n_heads, -1))
+                .unflatten(-1, (n_heads, -1))
                 .float()
                 .sum((0, 1))
+                .detach()
+                .cpu()
                 for block in model.layers
             ]
-            part = torch.stack(sums).cpu().double().save()
+            part = torch.stack(sums).double().save()
             tracer.stop()
         return part
 
@@ -225,9 +227,9 @@ def layer_class_sums(
     def run(rows: torch.Tensor) -> torch.Tensor:
         batch, of = ids[rows].to(model.device), groups[rows]
         with torch.no_grad(), model.trace(batch, use_cache=False) as tracer:
-            sums = [class_sums(block.input[:, n_prefix:], of, n_classes) for block in model.layers]
-            sums.append(class_sums(model.layers[-1].output[:, n_prefix:], of, n_classes))
-            part = torch.stack(sums).cpu().save()
+            sums = [class_sums(block.input[:, n_prefix:], of, n_classes).cpu() for block in model.layers]
+            sums.append(class_sums(model.layers[-1].output[:, n_prefix:], of, n_classes).cpu())
+            part = torch.stack(sums).save()
             tracer.stop()
         return part
 
@@ -241,7 +243,8 @@ def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> to
     A label of -1 is counted nowhere. Works inside a trace.
     """
     one_hot = labels.to(stream.device)[:, None] == torch.arange(n_classes, device=stream.device)[:, None]
-    return one_hot.float() @ stream.float()
+    with torch.autocast(stream.device.type, enabled=False):  # NDIF's would sum in bfloat16
+        return one_hot.float() @ stream.detach().float()
 
 
 def word_probabilities(
@@ -258,13 +261,15 @@ def word_probabilities(
     Returns:
         [batch, token, word], float32: exp of the word's logit minus the log-sum-exp over the vocabulary.
     """
-    stream, unembedding = final_stream.flatten(0, 1), model.lm_head._module
-    weight, bias = unembedding.weight, unembedding.bias
+    unembedding = model.lm_head._module
+    weight, bias = unembedding.weight.detach(), unembedding.bias
+    stream, word_ids = final_stream.detach().flatten(0, 1).to(weight), word_ids.to(weight.device)
     max_logits = max_logits or (2**19 if stream.device.type == "cpu" else 2**27)
     size = min(len(weight), max(1, max_logits // len(stream)))
     # One buffer for all slices: to allocate and free each of them scatters the heap, and the process grows.
     buffer = stream.new_empty(len(stream), size)
-    sums = torch.empty(len(stream), -(-len(weight) // size), device=stream.device)  # [token, slice]
+    n_slices = -(-len(weight) // size)
+    sums = torch.empty(len(stream), n_slices, dtype=torch.float32, device=stream.device)  # [token, slice]
 
     def logits(rows: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         torch.mm(stream, weight[rows].T, out=out)
@@ -324,7 +329,8 @@ def ablation_sweep(
     for i, heads in enumerate(unique):
         for layer_index, head in heads:
             masks[i, layer_index, head] = True
-    plan = _Plan(masks)
+    # Streams that one trace of a remote model keeps for another would travel twice.
+    plan = _Plan(masks, shared=not is_remote(model))
     rows_per_batch = batch_size or auto_batch_size(model, ids.shape[1])
     reader = _Reader(
         model, ids, word_ids, torch.from_numpy(labels), n_classes, layer, n_prefix, fill, plan, rows_per_batch
@@ -384,12 +390,17 @@ class _Plan:
         parents: the condition whose stream each one starts from; the baseline's is itself.
         starts: the first layer in which a condition differs from its parent; 0 runs whole.
         wanted: layers at whose input the stream of each condition is needed by others.
+
+    Args:
+        shared: whether conditions go on from others at all.
     """
 
-    def __init__(self, masks: torch.Tensor):
+    def __init__(self, masks: torch.Tensor, shared: bool = True):
         self.masks = masks
         self.parents, self.starts, generations = [0], [0], [0]
-        for i in range(1, len(masks)):
+        if not shared:
+            self.parents, self.starts, generations = ([0] * len(masks) for _ in range(3))
+        for i in range(len(self.starts), len(masks)):
             differs = (masks[:i] != masks[i]).any(-1)  # [earlier, layer]
             first = differs.float().argmax(-1)  # sets are distinct, so every row differs somewhere
             parent = int(first.argmax())  # of equals the earliest: it runs below its children's start
@@ -442,7 +453,9 @@ class _Reader:
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
     def _forward(self, rows: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+        # Names of their own, for a remote model is sent what the block below names.
         model, device, n_prefix, plan = self.model, self.model.device, self.n_prefix, self.plan
+        read_layer, n_classes = self.layer, self.n_classes
         condition, sequence = (list(column) for column in zip(*rows, strict=True))
         ids, labels = self.ids[sequence].to(device), self.labels[sequence]
         masks, word_ids = plan.masks[condition].to(device), self.word_ids.to(device)  # [batch, layer, head]
@@ -465,9 +478,9 @@ class _Reader:
                     block.skip(entry)
                     continue
                 if index in kept:
-                    streams[index] = block.input[kept[index]].cpu()
-                if index == self.layer:
-                    sums = class_sums(block.input[:, n_prefix:], labels, self.n_classes).cpu()
+                    streams[index] = block.input[kept[index]].detach().cpu()
+                if index == read_layer:
+                    sums = class_sums(block.input[:, n_prefix:], labels, n_classes).cpu()
                 if ablated[index]:
                     ablate_heads(block, masks[:, index], None if fills is None else fills[index])
             words = word_probabilities(model, model.norm.output[:, n_prefix:], word_ids).cpu()

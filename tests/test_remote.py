@@ -1,0 +1,253 @@
+"""Every trace that can go remote is sent to a server without `lib` and gives the numbers of a local one."""
+
+from __future__ import annotations
+
+import json
+import os
+import site
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import nnsight.ndif
+import numpy as np
+import pytest
+import torch
+from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
+from nnsight.intervention.backends.remote import RemoteError
+from nnsight.schema.config import CONFIG
+from papermill_runs import finish, start
+from tiny import WORDS, save_tiny, use_hub
+
+from lib import ROOT, attention, batches, generation, interventions, models, refusal
+from lib.interventions import Condition
+from lib.models import ModelError
+from lib.parameters import ParameterError, check, schemas
+from lib.record import validate_record
+
+HUB_ID = "Lab/tiny"
+FAMILIES = ("llama", "gpt2")  # the two ways of naming everything
+
+
+class Server:
+    """The server in its interpreter, and the same model here."""
+
+    def __init__(self, family: str, folder: Path, dtype: str = "float32"):
+        self.family = family
+        self.folder = save_tiny(family, folder / "model", chat=True)
+        self.log = folder / "log"
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("ndif_server.py"))]
+        self.process = subprocess.Popen(
+            [*command, site.getsitepackages()[0], str(self.folder), HUB_ID, dtype], cwd=folder,
+            env=os.environ | {"HF_HOME": str(folder / "cache")}, stdout=subprocess.PIPE, text=True,
+            stderr=self.log.open("w"),
+        )  # fmt: skip
+        port = self.process.stdout.readline().strip()
+        assert port, self.log.read_text()
+        self.url = f"http://127.0.0.1:{port}"
+        self.here = models.load(str(self.folder), dtype=dtype)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def server(request, tmp_path_factory):
+    started = Server(request.param, tmp_path_factory.mktemp(request.param))
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+@pytest.fixture
+def ndif(server, monkeypatch, tmp_path):
+    """The environment of a user with a key."""
+    use_hub(monkeypatch, tmp_path / "hub", server.url)
+    monkeypatch.setenv("NDIF_API_KEY", "a key")
+    monkeypatch.setattr(CONFIG.API, "APIKEY", "a key")
+    monkeypatch.setattr(CONFIG.API, "HOST", server.url)
+    monkeypatch.setattr(CONFIG.APP, "REMOTE_LOGGING", False)
+    return server
+
+
+@pytest.fixture
+def there(ndif):
+    return models.load(HUB_ID, remote=True)
+
+
+IDS = torch.randint(2, 30, (5, 24), generator=torch.Generator().manual_seed(0))
+LABELS = np.random.default_rng(0).integers(-1, 4, (5, 23))
+HEADS = {"a": [(0, 1), (2, 3)], "b": [(1, 0)], "c": [(2, 1)]}
+PROMPTS = [[0, 5, 6, 7], [0, 8, 9], [0, 5, 6, 7, 10, 11]]
+CHOSEN = torch.linalg.qr(torch.randn(32, 2, generator=torch.Generator().manual_seed(1)))[0].T
+
+
+def sweep(model, fill=None):
+    conditions = [Condition("baseline")]
+    conditions += [Condition(name, heads) for name, heads in HEADS.items()]
+    what = dict(word_ids=[3, 5, 8], labels=LABELS, n_classes=4, layer=2, batch_size=6)
+    found = interventions.ablation_sweep(model, IDS, conditions, fill=fill, **what)
+    return found.word_probabilities, found.class_sums
+
+
+def ablations(model):
+    middle = generation.Ablation("middle", CHOSEN, center=CHOSEN[0], layers=range(1, 3))
+    steer = generation.Ablation("steer", CHOSEN[:0], shift=(1, CHOSEN[1]))
+    return [generation.intact(model), generation.Ablation("all", CHOSEN, strength=0.5), middle, steer]
+
+
+TRACES = {
+    "attention_spectra": lambda model: attention.attention_spectra(model, IDS, n_prefix=1, batch_size=3),
+    "second_copy_loss": partial(
+        attention.second_copy_loss, tokens=range(2, 30), n_sequences=4, period=10, bos=0
+    ),
+    "mean_head_outputs": lambda model: interventions.mean_head_outputs(model, IDS, batch_size=2),
+    "layer_class_sums": lambda model: interventions.layer_class_sums(model, IDS, LABELS, 4, batch_size=2),
+    "ablation_sweep": lambda model: sweep(model),
+    "ablation_sweep, mean": lambda model: sweep(model, torch.linspace(-1, 1, 96).reshape(3, 4, 8)),
+    "last_token_streams": lambda model: generation.last_token_streams(model, PROMPTS),
+    "first_token_kl": lambda model: generation.first_token_kl(model, PROMPTS, ablations(model)),
+    "first_token_log_probabilities": lambda model: generation.first_token_log_probabilities(
+        model, PROMPTS, ablations(model)
+    ),
+    "refusal_scores": lambda model: generation.refusal_scores(model, PROMPTS, ablations(model), [4, 9]),
+}
+
+
+@pytest.mark.parametrize("measure", TRACES.values(), ids=TRACES)
+def test_remote_gives_the_numbers_of_local(measure, server, there):
+    def flat(values):
+        return [np.asarray(value) for value in (values if isinstance(values, tuple) else [values])]
+
+    for local, remote in zip(flat(measure(server.here)), flat(measure(there)), strict=True):
+        assert local.shape == remote.shape and np.isfinite(local).all() and np.ptp(local) or local.ndim == 0
+        np.testing.assert_allclose(remote, local, rtol=1e-5, atol=1e-6)
+        assert remote.dtype == local.dtype
+
+
+def cells_with_a_trace():
+    """(id, source) of the cells of notebook 01 whose trace is written out."""
+    notebook = json.loads((ROOT / "notebooks" / "01_induction_ablation.ipynb").read_text())
+    cells = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"}
+    return {name: source for name, source in cells.items() if ".trace(" in source}
+
+
+# What such a cell finds at its place, and which variable it makes.
+FOUND = {
+    "2c6d5fb9": (dict(ranked={"induction": [(1, 2)]}, word_ids=[3, 5, 8]), "by_hand"),
+    "79e28210": (dict(read_layer=2), "stream"),
+}
+
+
+@pytest.mark.parametrize("cell", cells_with_a_trace())
+def test_a_trace_in_the_notebook_goes_remote_too(cell, server, there, tmp_path):
+    given, name = FOUND[cell]
+    path = tmp_path / "cell.py"
+    path.write_text(cells_with_a_trace()[cell])
+    made = []
+    for model in (server.here, there):
+        scope = dict(model=model, p=SimpleNamespace(window=6, batch_size=2), ids=IDS, torch=torch, np=np)
+        scope |= dict(sizes=models.shape(model), batches=batches, **given)
+        exec(compile(path.read_text(), str(path), "exec"), scope)
+        made.append(np.asarray(scope[name]))
+    assert np.ptp(made[0])
+    np.testing.assert_allclose(made[1], made[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_notebook_runs_remote(server, tmp_path):
+    if server.family != "llama":
+        pytest.skip("one family is enough")
+    parameters = {
+        "model_id": HUB_ID, "remote": True, "rows": 3, "words": list(WORDS), "seq_len": 60, "window": 20,
+        "n_walks": 4, "k_values": [1, 2], "n_random_sets": 1, "n_bootstrap": 100, "out_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    environment = dict(
+        NDIF_API_KEY="a key", NDIF_HOST=server.url, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "hf")
+    )
+    notebook = ROOT / "notebooks" / "01_induction_ablation.ipynb"
+    run = finish(start(notebook, tmp_path, parameters, **environment))
+    assert run.returncode == 0, run.stderr[-3000:]
+    record = validate_record(tmp_path / "out" / "record.json")
+    assert record.parameters["remote"] is True
+    (model,) = record.models
+    assert model["device"] == "NDIF" and model["model_id"] == HUB_ID and model["revision"] == "5" * 40
+    assert model["n_parameters"] == models.provenance(server.here)["n_parameters"]
+
+
+def test_a_helper_that_is_not_sent_fails_there(there, monkeypatch):
+    monkeypatch.setattr(nnsight.ndif, "_PULLED_ENV", True)
+    _PICKLE_BY_VALUE_MODULES.discard("lib")
+    try:
+        with pytest.raises(RemoteError, match="No module named 'lib"):
+            attention.attention_spectra(there, IDS)
+    finally:
+        _PICKLE_BY_VALUE_MODULES.add("lib")
+
+
+def test_sums_are_kept_out_of_autocast(server):
+    stream, labels = torch.randn(2, 40, 8), torch.randint(-1, 3, (2, 40))
+    final, words = torch.randn(2, 5, 32), torch.tensor([3, 4])
+    edited = stream.clone()
+
+    def measure(edited):
+        generation.remove_subspace(edited, torch.eye(8)[:2], 0.3, torch.ones(8) / 3)
+        sums = interventions.class_sums(stream, labels, 3)
+        return edited, sums, interventions.word_probabilities(server.here, final, words)
+
+    plain = measure(stream.clone())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = measure(edited)
+    for a, b in zip(plain, cast, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_remote_model_has_no_weights_and_says_so(there):
+    assert models.is_remote(there) and there.device == torch.device("cpu")
+    provenance = models.provenance(there)
+    assert provenance["revision"] == "5" * 40 and provenance["device"] == "NDIF"
+    with pytest.raises(ModelError, match="OV circuit is made of weights"):
+        models.ov_matrix(there, 0, 0)
+    with pytest.raises(ModelError, match="cannot be edited"), refusal.orthogonalized(there, CHOSEN):
+        pass
+    with pytest.raises(ModelError, match="key-value cache, which would travel"):
+        generation.generate(there, PROMPTS, [generation.intact(there)], max_new_tokens=2)
+    with pytest.raises(ModelError, match="has no weights here"):
+        there.generate(IDS[:1], max_new_tokens=1)
+
+
+def test_loading_names_what_is_wrong(ndif, monkeypatch):
+    with pytest.raises(ModelError, match="NDIF serves Lab/tiny in float32, asked for bfloat16"):
+        models.load(HUB_ID, remote=True, dtype="bfloat16")
+    with pytest.raises(ModelError, match="NDIF does not run Lab/tiny: .*is not deployed"):
+        models.load(HUB_ID, remote=True, revision="5" * 40)
+    with pytest.raises(ModelError, match="config and tokenizer of 'Lab/other'"):
+        models.load("Lab/other", remote=True)
+    with pytest.raises(ModelError, match="is a folder on this disk"):
+        models.load(str(ndif.folder), remote=True)
+    monkeypatch.delenv("NDIF_API_KEY")
+    with pytest.raises(ModelError, match="no NDIF_API_KEY"):
+        models.load(HUB_ID, remote=True)
+
+
+@pytest.mark.parametrize(
+    ("study", "given", "message"),
+    [
+        ("01_induction_ablation", {}, "'organism/induction' is one of this repository"),
+        ("01_induction_ablation", {"model_id": HUB_ID, "device": "cuda"}, "device: 'cuda'"),
+        ("02_neighbor_mixing", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
+        ("03_refusal_low_rank", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
+        ("04_codi_attention", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
+    ],
+)
+def test_parameters_refuse_what_cannot_go_remote(study, given, message, monkeypatch):
+    monkeypatch.setenv("NDIF_API_KEY", "a key")
+    with pytest.raises(ParameterError, match=message):
+        check(schemas()[study], {"remote": True, **given})
+
+
+def test_parameters_ask_for_the_key(monkeypatch):
+    given = {"remote": True, "model_id": HUB_ID}
+    monkeypatch.setenv("NDIF_API_KEY", "a key")
+    assert check(schemas()["01_induction_ablation"], given).remote
+    monkeypatch.delenv("NDIF_API_KEY")
+    with pytest.raises(ParameterError, match="no NDIF_API_KEY"):
+        check(schemas()["01_induction_ablation"], given)
