@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
+from transformers import PreTrainedConfig
 
 from lib.models import TransformersModel
 from lib.progress import counting
+from lib.rehearsal import activations
 
 Rows = TypeVar("Rows")  # whatever has a length and slices: a tensor, a list, a range
 Result = TypeVar("Result")
@@ -54,21 +56,63 @@ class Batches:
                     torch.cuda.empty_cache()
 
 
-def auto_batch_size(model: TransformersModel, length: int) -> int:
-    """Rows a forward whose activations take half of a GPU's free memory, or on a CPU 8 MB.
+def auto_batch_size(model: TransformersModel, length: int, attention: str = "sdpa") -> int:
+    """Rows a forward that suit the model and the memory of its device, see `rows_that_fit`.
+
+    Args:
+        model: from `lib.models.load`.
+        length: tokens of a row.
+        attention: implementation that the forward will have, "sdpa" or "eager".
+    """
+    parameter = next(model._module.parameters())
+    free = free_memory(parameter.device) if parameter.device.type == "cuda" else 0
+    return rows_that_fit(
+        model._module.config, parameter.dtype, parameter.device.type, free, length, attention=attention
+    )
+
+
+def rows_that_fit(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: str,
+    free: int,
+    length: int,
+    *,
+    attention: str = "sdpa",
+) -> int:
+    """Rows a forward: on a GPU as many as fit, elsewhere those whose activations take 8 MB.
 
     More rows make no forward faster on a CPU once there are some hundred tokens in it: they only leave
     its cache.
+
+    Args:
+        config: of the model.
+        dtype: of its weights.
+        device: kind of device.
+        free: bytes of a GPU that are free beside the weights; a quarter of them is left for what a
+            measurement holds beside the activations, and for the gaps between them.
+        length: tokens of a row.
+        attention: implementation, "sdpa" or "eager".
+
+    Returns:
+        A power of two, 64 at most: free memory that varies a little does not make other batches, which no
+        cache holds.
     """
-    config = model._module.config
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    parameter = next(model._module.parameters())
-    row_bytes = length * (8 * config.hidden_size + 4 * width) * parameter.element_size()
-    budget = 2**23
-    if parameter.device.type == "cuda":
-        budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
-    # Powers of two: free memory that varies a little does not make other batches, which no cache holds.
-    return 1 << min(6, max(1, budget // row_bytes).bit_length() - 1)
+    sizes = [1 << i for i in reversed(range(7))]
+    if device == "cuda":
+        budget = free * 3 // 4
+        fits = (n for n in sizes if activations(config, dtype, n, length, attention) <= budget)
+    else:
+        width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        row_bytes = length * (8 * config.hidden_size + 4 * width) * dtype.itemsize
+        fits = (n for n in sizes if n * row_bytes <= 2**23)
+    return next(fits, 1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a GPU: free ones, and those that torch holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def out_of_memory(error: Exception) -> bool:
