@@ -27,7 +27,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from lib import attention, interventions, models, registry
-from lib.batches import auto_batch_size, rows_that_fit
+from lib.batches import auto_batch_size, free_memory, rows_that_fit
 from lib.interventions import Condition
 from lib.models import TransformersModel
 from lib.parameters import InductionAblation
@@ -155,6 +155,7 @@ def plan(
         free: bytes of device memory that are left beside the weights of a configuration, for the choice of
             the batch size on a GPU.
     """
+    remote = False
     if isinstance(model, PreTrainedConfig):
         config = model
         choose = partial(rows_that_fit, config, dtype, device, free)
@@ -182,7 +183,7 @@ def plan(
     n_bins = 8  # stretches of a walk in which the notebook takes the word means
     classes = np.zeros((len(ids(length)), seq_len), dtype=np.int64)
     fill = torch.zeros(sizes.n_layers, sizes.n_heads, sizes.d_head)
-    sweep = partial(_sweep, rehearsal, n_words=n_words, layer=layer)
+    sweep = partial(_sweep, rehearsal, n_words=n_words, layer=layer, shared=not remote)
     results = 4 * n_walks * n_words * (seq_len + sizes.d_model)  # of one condition
 
     scored = torch.zeros(min(batch_size or 32, 32), 65, dtype=torch.long)
@@ -219,6 +220,29 @@ def plan(
     return MemoryPlan(tuple(stages), rehearsal.weights, device, rows)
 
 
+def free(model: TransformersModel) -> dict[str, int]:
+    """Bytes that are free for a loaded model, as `MemoryPlan.check` takes them, where that can be known."""
+    found, devices = {}, {p.device for p in model._module.parameters() if p.device.type == "cuda"}
+    if devices:
+        found["device"] = min(free_memory(device) for device in devices)
+    with suppress(OSError, KeyError):  # Linux has these files
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found["host"] = int(fields["MemAvailable"].split()[0]) * 1024
+        # A container may have less than its machine.
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdigit():
+            used = int((group / "memory.current").read_text())
+            found["host"] = min(found["host"], int(limit) - used + _reclaimable(group))
+    return found
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of files that the kernel keeps for a container and would drop."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(stat["inactive_file"])
+
+
 # -- stages ----------------------------------------------------------------------------------------
 
 
@@ -245,6 +269,7 @@ def _sweep(
     *,
     n_words: int,
     layer: int,
+    shared: bool,
 ) -> Peak:
     """Of `ablation_sweep`, without its results."""
     sizes = models.shape(rehearsal.model)
@@ -277,7 +302,7 @@ def _sweep(
         for head in of:
             mask[head] = True
     device = host = 0
-    for n, entered, kept in _batches(interventions._Plan(masks), min(n_walks, rows, 16), rows):
+    for n, entered, kept in _batches(interventions._Plan(masks, shared), min(n_walks, rows, 16), rows):
         entry = n * stream if entered else 0
         at = forward(n)
         device = max(device, at.device + entry)

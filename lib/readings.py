@@ -323,7 +323,7 @@ def _read(
             "k": k,
         }
 
-    size = batch_size or auto_batch_size(codi.model, max(lengths))
+    size = batch_size or auto_batch_size(codi.model, max(lengths), "eager")
     found = over_batches(codi, "measure", list(range(len(problems))), lengths, size, run, key, cache)
     absent = at < 0
     stacked = {name: np.stack(found[name]) for name in ("mass", "z", "tokens", "probabilities")}
