@@ -84,6 +84,42 @@ def test_values_are_coloured_symmetrically_about_zero(ax):
     assert plots.draw_matrix(ax, np.eye(2), limit=7).get_clim() == (-7, 7)
 
 
+def test_sign_is_seen_without_hue(ax):
+    values = np.array([-1, 0, 2, -1e-12, 3, -2.0])
+    plots.draw_graph(ax, GRID.positions, GRID, values=values, labels=())
+    _, circles, squares = ax.collections
+    assert np.array_equal(circles.get_offsets(), GRID.positions[[1, 2, 3, 4]]), "rounding is no sign"
+    assert np.array_equal(squares.get_offsets(), GRID.positions[[0, 5]])
+    assert len(circles.get_paths()[0].vertices) > len(squares.get_paths()[0].vertices)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_words_cover_neither_each_other_nor_a_point(ax, seed):
+    rng = np.random.default_rng(seed)
+    graph = grid_graph(4, 4, tuple(f"word-{i}" for i in range(16)))
+    heap = rng.standard_normal((16, 2)) * np.where(np.arange(16) < 6, 0.1, 1.0)[:, None]  # six at one place
+    plots.draw_graph(ax, heap, graph)
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]  # with the thin line, where there is one
+    words = [mpl.text.Text.get_window_extent(text) for text in ax.texts]
+    assert texts(ax) == list(graph.words) and len(boxes) == 16
+    for i, one in enumerate(words):
+        for other in words[i + 1 :]:
+            width, height = np.minimum(one.max, other.max) - np.maximum(one.min, other.min)
+            assert min(width, height) < 1.5, "no pair of words overlaps"
+        inside = one.padded(-1.5)
+        assert not any(inside.contains(*point) for point in ax.transData.transform(heap)), "nor hides a point"
+    for text, point in zip(ax.texts, heap, strict=True):
+        near = np.hypot(*text.get_position()) < 8 + max(len(text.get_text()) * 2.5, 4)
+        assert text.xy == pytest.approx(point) and (near or text.arrow_patch is not None)
+
+
+def test_word_with_room_stands_beside_its_point_without_a_line(ax):
+    plots.draw_graph(ax, GRID.positions, GRID)
+    assert not any(text.arrow_patch for text in ax.texts)
+    plots.place_labels(ax, [], np.zeros((0, 2)))
+
+
 def test_curves_are_labelled_at_their_ends_in_their_colour(ax):
     x, y = np.array([1.0, 2.0, 4.0]), np.array([3.0, 5.0, 6.0])
     plots.draw_band(ax, x, y, y - 1, y + 2, colour=plots.GREEN, label="measured")
@@ -175,10 +211,60 @@ def test_bands_are_labelled_at_their_ends_without_overlap(ax):
     assert all(np.array_equal(line.get_xydata(), np.column_stack([x, middle])) for line in ax.lines)
     heights = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert heights.min() == pytest.approx(0) and heights.max() == pytest.approx(0.7)
-    low, high = (text for text in ax.texts if text.get_text())
+    low, high = ax.texts
     assert (low.get_text(), low.get_color(), low.xy[0]) == ("intact", plots.BLACK, 9)
     assert (high.get_text(), high.get_color(), high.xy[0]) == ("random", plots.GREY, 9)
     assert high.xy[1] - low.xy[1] == pytest.approx(0.07) and high.xy[1] + low.xy[1] == pytest.approx(1.0)
+
+
+def test_band_that_ends_early_is_labelled_where_it_ends_and_a_level_among_the_others(ax):
+    ax.set(ylim=(0, 1))
+    x, short = np.array([0.0, 5.0, 9.0]), np.array([0.8, 0.9, np.nan])
+    bands = {"whole": (x / 10, x / 10, x / 10), "short": (short, short, short), "none": (x * np.nan,) * 3}
+    plots.draw_bands(ax, x, bands, [plots.BLUE, plots.ORANGE, plots.GREEN], levels={"chance": 0.88})
+    labels = {text.get_text(): text for text in ax.texts}
+    assert set(labels) == {"whole", "short", "chance"} and labels["short"].xy == (5, 0.9)
+    assert labels["chance"].xy[0] == 9 and labels["chance"].get_color() == plots.GREY
+    assert labels["whole"].xy[1] - labels["chance"].xy[1] == pytest.approx(0.07), "and not over each other"
+    assert any(line.get_linestyle() == ":" and line.get_ydata()[0] == 0.88 for line in ax.lines)
+
+
+def test_key_names_what_has_a_name_once_above_all_panels(ax):
+    x = np.arange(3.0)
+    plots.draw_band(ax, x, x, x, x, key="result", marker="s")
+    plots.draw_series(ax, x, x, "", plots.GREY, style="^--", key="number")
+    plots.draw_level(ax, 1.0, key="allowed")
+    plots.draw_series(ax, x, x, "at its end")
+    assert plots.draw_key(ax.figure, ax) is ax.figure
+    [key] = ax.figure.legends
+    assert [text.get_text() for text in key.get_texts()] == ["result", "number", "allowed"]
+    assert [line.get_marker() for line in key.get_lines()] == ["s", "^", "None"]
+    ax.figure.canvas.draw()
+    assert key.get_window_extent().y0 >= ax.get_window_extent().y1, "above, not on the panel"
+
+
+def test_bars_stand_in_groups_with_intervals_and_differ_without_hue(ax):
+    effects = {name: np.array([[0.2, 0.6], [0.1, 0.5], [0.3, 0.7]]) + i / 10 for i, name in enumerate("abcd")}
+    assert plots.draw_shares(ax, effects) is ax
+    bars = ax.containers
+    assert [bar.get_label() for bar in bars] == list("abcd")
+    middles = np.array([[patch.get_x() + patch.get_width() / 2 for patch in bar] for bar in bars])
+    assert np.allclose(middles.mean(axis=0), [0, 1]) and (np.diff(middles[:, 0]) > 0).all()
+    looks = {(bar[0].get_hatch(), bar[0].get_facecolor() > (0.8, 0.8, 0.8)) for bar in bars}
+    assert len(looks) == 4, "by hatching or by being light"
+    for bar, interval, (share, low, high) in zip(bars, ax.collections, effects.values(), strict=True):
+        assert np.allclose([patch.get_height() for patch in bar], share)
+        ends = np.array(interval.get_segments())  # [group, end, 2]
+        assert np.allclose(ends[:, 0, 1], low) and np.allclose(ends[:, 1, 1], high)
+    plots.draw_shares(ax, {"none": np.zeros((3, 0))})  # nothing to tell, nothing drawn
+
+
+def test_values_are_written_into_cells_in_legible_ink(ax):
+    image = plots.draw_matrix(ax, np.array([[0.5, -0.04], [-1.0, 0.004]]), limit=1.0)
+    assert plots.label_cells(image, least=0.03) is image
+    numbers = {text.get_position(): (text.get_text(), text.get_color()) for text in ax.texts}
+    assert numbers == {(0, 0): (".50", "black"), (1, 0): ("\N{MINUS SIGN}.04", "black"),
+                       (0, 1): ("\N{MINUS SIGN}1", "white")}  # fmt: skip
 
 
 def test_head_scores_are_a_map_with_the_highest_heads_in_numbers(ax):
@@ -225,8 +311,9 @@ def test_distributions_stand_one_above_the_other_with_mean_and_name(ax):
         "none": np.array([-7.0, 1.95, 40.0]),  # beyond the ends
     }
     assert plots.draw_distributions(ax, values) is ax
-    assert texts(ax) == list(values) and ax.get_xlim() == (-0.5, 1.5)
-    assert [text.get_position()[0] for text in ax.texts] == [-0.5, -0.5, -0.5]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(values)
+    assert ax.get_xlim() == (-0.5, 1.5)
+    assert [-row < tick < -row + 0.8 for row, tick in enumerate(ax.get_yticks())] == [True] * 3
     for row, (sample, mean, shape) in enumerate(zip(values.values(), ax.lines, ax.collections, strict=True)):
         assert mean.get_xdata().tolist() == [np.mean(sample)] * 2
         (x0, y0), (x1, y1) = shape.get_datalim(ax.transData).get_points()
@@ -243,11 +330,22 @@ def test_layers_are_one_line_each_and_the_read_one_stands_out(ax):
     assert [line.get_ydata().tolist() for line in ax.lines] == values.tolist()
     widths = [line.get_linewidth() for line in ax.lines]
     assert widths.index(max(widths)) == 2 and len({tuple(line.get_color()) for line in ax.lines}) == 4
-    assert texts(ax) == ["0", "1", "2 (read)", "3"]
+    assert texts(ax) == ["0", "1", "layer 2 (read)", "3"]
     for text, line in zip(ax.texts, ax.lines, strict=True):
-        assert tuple(text.get_color()) == tuple(line.get_color()) and text.xy[0] == 30
+        assert text.get_color() == line.get_color() and text.xy[0] == 30
+    assert ax.lines[2].get_color() == plots.VERMILLION
+    shades = [float(ax.lines[layer].get_color()) for layer in (0, 1, 3)]
+    assert shades == sorted(shades, reverse=True) and shades[0] < 0.65, "the later the darker"
 
 
 def test_of_many_layers_every_few_are_labelled_and_the_read_one_always(ax):
     plots.draw_layers(ax, np.arange(2), np.arange(66.0).reshape(33, 2), highlight=26)
-    assert texts(ax) == ["0", "4", "8", "12", "16", "20", "24", "26 (read)", "28", "32"]
+    assert texts(ax) == ["0", "4", "8", "12", "16", "20", "24", "layer 26 (read)", "28", "32"]
+
+
+def test_level_of_layers_is_labelled_among_them(ax):
+    ax.set(ylim=(0, 5))
+    plots.draw_layers(ax, np.arange(2), np.full((2, 2), 3.0), highlight=1, levels={"shuffled": 3.0})
+    heights = sorted(text.xy[1] for text in ax.texts)
+    assert sorted(texts(ax)) == ["0", "layer 1 (read)", "shuffled"] and np.diff(heights).min() > 0.3
+    assert ax.lines[-1].get_linestyle() == ":"
