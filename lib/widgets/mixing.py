@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lib import plots
 from lib.geometry import dirichlet_energy, mixing_gram, pca, predicted_energy, simulate_mixing
 from lib.walks import Graph
-from lib.widgets.parts import describe, picture, redrawing
+from lib.widgets.parts import beside, describe, picture, redrawing
 
 
 def draw_mixing(
@@ -54,7 +54,7 @@ def mixing_stills(
     return figure
 
 
-def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.VBox:
+def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.Box:
     """Sliders for graph, steps, self-weight, dimension, rank and noise over a live PCA picture.
 
     Args:
@@ -74,7 +74,7 @@ def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.VBox:
     def draw() -> None:
         graph, steps, self_weight, log2_d, rank_share, noise = (each.value for each in controls.values())
         d = 2**log2_d
-        figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(3.7, 3.7), layout="constrained")
         draw_mixing(figure.add_subplot(), graph, d=d, self_weight=self_weight, steps=steps,
                     rank=max(1, round(rank_share * d)), noise=noise, seed=seed)
         settings = (f"{name} {each.value:g}" for name, each in controls.items() if name != "graph")
@@ -85,4 +85,4 @@ def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.VBox:
     redraw = redrawing(draw, message)
     for control in describe(controls):
         control.observe(redraw, names="value")
-    return widgets.VBox([*controls.values(), message, plane])
+    return beside([*controls.values(), message], plane)

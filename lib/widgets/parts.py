@@ -29,6 +29,12 @@ def describe(controls: Mapping[str, widgets.DOMWidget]) -> list[widgets.DOMWidge
     return list(controls.values())
 
 
+def beside(controls: Sequence[widgets.DOMWidget], shown: widgets.DOMWidget) -> widgets.Box:
+    """Controls with what they change at their right, or below where the page is narrow."""
+    left = widgets.VBox(controls, layout={"width": "320px"})
+    return widgets.HBox([left, shown], layout={"flex_flow": "row wrap"})
+
+
 def redrawing(draw: Callable[[], None], message: widgets.HTML) -> Callable[..., None]:
     """A callback for `observe` that draws, and says in the message how long it took or what went wrong.
 
@@ -53,10 +59,10 @@ def redrawing(draw: Callable[[], None], message: widgets.HTML) -> Callable[..., 
 
 
 def picture(figure: Figure, alt: str) -> str:
-    """A figure as HTML, in its own size and no wider than the page, of 64 colours: a notebook stores it."""
+    """A figure as HTML, in its own size and no wider than the page, of 128 colours: a notebook stores it."""
     whole, small = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png", dpi=_DPI)
-    Image.open(whole).convert("RGB").quantize(64).save(small, format="png")
+    Image.open(whole).convert("RGB").quantize(128).save(small, format="png")
     data = base64.b64encode(small.getvalue()).decode()
     return f'<img alt="{escape(alt)}" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
@@ -66,7 +72,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> s
     lines = [
         "<style>table.explored {width: 100%; line-height: 1.35}",
         "table.explored :is(th, td, caption) {text-align: left; vertical-align: top; padding: 2px 8px;",
-        "    white-space: pre-wrap; overflow-wrap: anywhere}</style>",
+        "    white-space: pre-wrap; overflow-wrap: anywhere}",
+        "table.explored th[scope=row] {font-weight: normal}</style>",
         f'<table class="explored" style="max-width: {WIDTH}px"><caption>{escape(caption)}</caption>',
         "<tr>" + "".join(f'<th scope="col">{escape(text)}</th>' for text in head) + "</tr>",
     ]

@@ -16,7 +16,7 @@ from lib.judges import Judge, grades_of
 from lib.models import TransformersModel
 from lib.prompts import PromptSet
 from lib.statistics import known_mean
-from lib.widgets.parts import describe, picture, redrawing, table
+from lib.widgets.parts import beside, describe, picture, redrawing, table
 
 MEANS = "all requests", "each category"  # what a difference of means is taken over
 
@@ -186,8 +186,7 @@ def refusal_explorer(removals: Removals, *, layer: int) -> widgets.VBox:
     redraw = redrawing(draw, message)
     for control in describe(controls):
         control.observe(redraw, names="value")
-    left = widgets.VBox([*controls.values(), message, shown["summary"]])
-    top = widgets.HBox([left, shown["heatmap"]], layout={"flex_flow": "row wrap"})
+    top = beside([*controls.values(), message, shown["summary"]], shown["heatmap"])
     return widgets.VBox([top, shown["scores"], shown["answers"]])
 
 

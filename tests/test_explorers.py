@@ -1,0 +1,290 @@
+"""The explorers in real JupyterLab and a headless Chromium: run all, move a control, the picture follows.
+
+Two notebooks run whole; of the other two, only the cells that their explorer's cell depends on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import symtable
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import papermill_runs as runs
+import pytest
+from browser import chromium
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from lib import ROOT
+
+SMALL = {
+    "01_induction_ablation": {"n_walks": 4, "k_values": [1, 2], "n_random_sets": 1, "n_bootstrap": 100},
+    "02_neighbor_mixing": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
+    "03_refusal_low_rank": {"compare_with": [], "n_prompts": 12, "k_values": [1, 3], "n_random": 1},
+    "04_codi_attention": {"compare_with": [], "answer_only": [], "n_problems": 60, "n_bootstrap": 100},
+}
+WHOLE = {"02_neighbor_mixing"}
+EXPLORER = "nbval-ignore-output"  # tag of the cell
+WIDTH = 700  # px
+OWN_FOLDERS = (
+    "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR",
+    "IPYTHONDIR", "CACHE_DIR",
+)  # fmt: skip
+SETTINGS = {
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are in the page
+}
+
+expect.set_options(timeout=20_000)  # ms; a loaded machine is slow, and what does not follow never does
+
+
+# -- JupyterLab ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Iterator[str]:
+    """Address of a notebook in a JupyterLab over small copies of them; it asks nothing of the network."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "notebooks").mkdir()
+    only_pictures = shutil.ignore_patterns("*.svg", "*.npz", "*.json", "*.html")
+    shutil.copytree(ROOT / "figures", folder / "figures", ignore=only_pictures)  # shown before a run
+    for path in (ROOT / "notebooks").glob("0[1-4]_*.ipynb"):
+        nbformat.write(small(path, folder / "runs"), folder / "notebooks" / path.name)
+    for name, values in SETTINGS.items():
+        file = folder / "jupyterlab_settings_dir" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    environment = {name: str(folder / name.lower()) for name in OWN_FOLDERS} | {"OMP_NUM_THREADS": "2"}
+    options = [
+        "--no-browser", "--allow-root", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}",
+        "--LabApp.extension_manager=readonly", "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]  # fmt: skip
+    with open(folder / "lab.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            cwd=folder, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        file = folder / "jupyter_runtime_dir" / f"jpserver-{process.pid}.json"
+        wait_for(file.is_file, 60, lambda: (folder / "lab.log").read_text()[-3000:])
+        server = json.loads(file.read_text())
+        yield f"{server['url']}lab/workspaces/{{0}}/tree/notebooks/{{0}}.ipynb?token={server['token']}"
+    finally:
+        runs.kill(process)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+def wait_for(ready, seconds: float, why) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, why()
+        time.sleep(0.2)
+
+
+def small(path: Path, runs: Path) -> nbformat.NotebookNode:
+    """A notebook with small parameters, whole or cut down to what its explorer needs, without outputs."""
+    values = SMALL[path.stem] | {"out_dir": str(runs / path.stem)}
+    notebook = parameterize_notebook(load_notebook_node(str(path)), values)
+    if path.stem not in WHOLE:
+        notebook.cells = needed(notebook.cells)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def needed(cells: list) -> list:
+    """The explorer's cell, those that assign a name which it uses, and so on back to the parameters."""
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    while EXPLORER not in code[-1].metadata.tags:
+        code.pop()
+    chosen, wanted = [], set()
+    for cell in reversed(code):
+        assigned, used = names_of(cell.source)
+        given = {"parameters", "injected-parameters"} & {*cell.metadata.tags}
+        if not chosen or given or assigned & wanted:
+            chosen.insert(0, cell)
+            wanted = wanted - assigned | used
+    return chosen
+
+
+def names_of(source: str) -> tuple[set[str], set[str]]:
+    """Names that a cell assigns, and those that it takes from other cells."""
+    tables = [symtable.symtable(source, "cell", "exec")]
+    symbols = {symbol.get_name(): symbol for symbol in tables[0].get_symbols()}
+    assigned = {name for name, symbol in symbols.items() if symbol.is_assigned() or symbol.is_imported()}
+    used = {name for name, symbol in symbols.items() if symbol.is_referenced()}
+    while tables:
+        inner = tables.pop().get_children()
+        used |= {symbol.get_name() for table in inner for symbol in table.get_symbols() if symbol.is_global()}
+        tables += inner
+    return assigned, used - assigned
+
+
+# -- a notebook in it ------------------------------------------------------------------------------
+
+
+class Notebook:
+    """A notebook that has been run by the menu, in a tab.
+
+    Attributes:
+        tab: the page.
+        explorer: output of the cell with the explorer, 700 px wide.
+        errors: of the browser's console.
+        foreign: addresses outside of this machine that the page asked for.
+    """
+
+    def __init__(self, browser: Browser, address: str):
+        self.tab: Page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        self.errors, self.foreign = [], []
+        self.tab.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.on("request", self._note)
+        self.tab.goto(address)
+        panel = self.tab.locator(".jp-NotebookPanel")
+        kernel = self.tab.locator(".jp-Notebook-ExecutionIndicator")
+        expect(kernel).to_have_attribute("data-status", "idle", timeout=60_000)
+        self.tab.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+        self.tab.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+        last = panel.locator(".jp-CodeCell .jp-InputPrompt").last
+        wait_for(
+            lambda: re.fullmatch(r"\[\d+\]:", last.text_content()) or self.failures.count(),
+            120, lambda: f"it is still running:\n{panel.text_content()[-2000:]}",
+        )  # fmt: skip
+        assert self.failures.all_text_contents() == []
+        self.explorer = panel.locator(".jp-OutputArea-output:has(.widget-box)")
+        expect(self.explorer).to_have_count(1)
+        self.explorer.evaluate(f"element => element.style.maxWidth = '{WIDTH}px'")
+
+    @property
+    def failures(self) -> Locator:
+        kinds = ("error", "stderr")
+        return self.tab.locator(", ".join(f'[data-mime-type="application/vnd.jupyter.{k}"]' for k in kinds))
+
+    def _note(self, request) -> None:
+        if not re.match(r"(https?|wss?)://(localhost|127\.0\.0\.1)[:/]|data:|blob:|about:", request.url):
+            self.foreign.append(request.url)
+
+    def field(self, name: str) -> Locator:
+        """The control with a description."""
+        line = self.explorer.locator(".widget-inline-hbox", has=self.tab.locator(f'label:text-is("{name}")'))
+        return line.locator("select, [role=slider]").first
+
+    def button(self, name: str) -> Locator:
+        return self.explorer.get_by_role("button", name=name, exact=True)
+
+    def choose(self, name: str, *labels: str) -> None:
+        self.field(name).select_option(label=[*labels])
+
+    def step(self, name: str, key: str, times: int = 1) -> None:
+        """Move a slider by keyboard."""
+        self.field(name).focus()
+        for _ in range(times):
+            self.tab.keyboard.press(key)
+
+    def picture(self) -> str:
+        return self.explorer.locator("img").first.get_attribute("src")
+
+    def changes(self, before: str) -> str:
+        """The picture, once it is another one than before."""
+        expect(self.explorer.locator("img").first).not_to_have_attribute("src", before)
+        return self.picture()
+
+    def close(self) -> None:
+        """Stop the kernel and leave, after looking for what should not have happened."""
+        try:
+            overflow = self.explorer.evaluate(
+                "top => [...top.querySelectorAll('.jupyter-widgets, img, table')]"
+                ".filter(e => e.checkVisibility() && e.getBoundingClientRect().right"
+                f" > top.getBoundingClientRect().left + {WIDTH} + 1).map(e => e.className)"
+            )
+            assert overflow == [], "it is wider than a page"
+            assert self.explorer.locator('[role="alert"]').count() == 0
+            assert self.failures.count() == 0
+            assert self.errors == [] and self.foreign == []
+        finally:
+            self.tab.close()
+
+
+@pytest.fixture
+def run(lab, browser) -> Iterator:
+    opened = []
+
+    def run(name: str) -> Notebook:
+        opened.append(Notebook(browser, lab.format(name)))
+        return opened[-1]
+
+    yield run
+    for notebook in opened:
+        notebook.close()
+
+
+def test_mixing_follows_its_sliders(run):
+    notebook = run("02_neighbor_mixing")
+    before = notebook.picture()
+    notebook.step("self-weight", "ArrowLeft", 10)
+    after = notebook.changes(before)
+    notebook.choose("graph", "ring of 12")
+    notebook.changes(after)
+
+
+def test_induction_follows_its_board(run):
+    notebook = run("01_induction_ablation")
+    before = notebook.picture()
+    notebook.button("2.0").focus()
+    notebook.tab.keyboard.press("Space")
+    expect(notebook.explorer.get_by_text("ablated: 2.0 (1 of 40)")).to_be_visible()
+    after = notebook.changes(before)
+    assert colours(notebook.button("✕ 2.0")) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+    notebook.button("top k induction").click()
+    expect(notebook.explorer.get_by_text("(2 of 40)")).to_be_visible()
+    after = notebook.changes(after)
+    expect(notebook.explorer.get_by_role("button", name="✕")).to_have_count(2)
+    assert colours(notebook.button("2.0"))[0] == "rgb(213, 94, 0)", "the hue of previous-token heads is back"
+    notebook.button("clear").click()
+    assert notebook.changes(after) == before
+
+
+def test_refusal_follows_its_controls(run):
+    notebook = run("03_refusal_low_rank")
+    before = notebook.picture()
+    intact = notebook.explorer.locator("table").last.inner_text()
+    notebook.choose("layers", "2", "3")
+    notebook.changes(before)
+    notebook.choose("means over", "each category")
+    notebook.step("directions k", "ArrowRight", 2)
+    expect(notebook.explorer.get_by_text(re.compile("^Removed: 3 of .* at layers 2, 3.$"))).to_be_visible()
+    assert notebook.explorer.locator("table").last.inner_text() != intact, "the answers follow"
+    notebook.choose("layers")
+    expect(notebook.explorer.get_by_role("alert")).to_contain_text("no layer is chosen")
+    notebook.choose("layers", "3")
+    expect(notebook.explorer.get_by_role("alert")).to_have_count(0)
+
+
+def test_codi_follows_its_menus(run):
+    notebook = run("04_codi_attention")
+    title = notebook.explorer.frame_locator("iframe").locator("h2").first
+    before = title.text_content()
+    notebook.choose("steps", "1")
+    expect(title).not_to_have_text(before)
+    expect(notebook.explorer.frame_locator("iframe").get_by_text("1 step", exact=True)).to_be_visible()
+
+
+def colours(element: Locator) -> list[str]:
+    """Of its ground and its text."""
+    return element.evaluate("e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color]")
