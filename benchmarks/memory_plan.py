@@ -4,9 +4,9 @@ Every case is a process of its own: it loads a random Llama, runs the stages of 
 the functions that the notebook calls, keeps what the notebook keeps, and measures the peak above the weights:
 on a CPU the highest resident set, on a GPU (`--device cuda`) torch's `max_memory_allocated`.
 
-The C library keeps what tensors of up to 32 MB leave free, and up to twice the memory stays resident. The
-children therefore run with MALLOC_MMAP_THRESHOLD_ set to 1 MB, with which it gives back all that is freed, as
-it does for larger tensors by itself; `--keep` runs them without.
+The C library keeps what tensors of up to 32 MB leave free, and half as much again may stay resident. The
+children therefore run with MALLOC_MMAP_THRESHOLD_ set to 1 MB, with which it gives back all that is freed;
+`--keep` runs them without.
 """
 
 from __future__ import annotations
