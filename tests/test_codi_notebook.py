@@ -88,7 +88,7 @@ def test_what_it_cannot_read_stops_it_with_the_remedy(official, gsm8k, figures, 
             {"compare_with": ["a/codi"]},
             "compare_with: several models are called 'codi' in tables and figures",
         ),
-        ({"remote": True}, "remote: the traces of this study do not run on NDIF so far"),
+        ({"remote": True}, "remote: this study does not run on NDIF: "),
     ],
 )
 def test_parameters_that_make_no_sense_are_named(parameters, message, figures):

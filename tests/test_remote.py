@@ -158,7 +158,8 @@ def test_the_whole_notebook_runs_remote(server, tmp_path):
         pytest.skip("one family is enough")
     parameters = {
         "model_id": HUB_ID, "remote": True, "rows": 3, "words": list(WORDS), "seq_len": 60, "window": 20,
-        "n_walks": 4, "k_values": [1, 2], "n_random_sets": 1, "n_bootstrap": 100, "out_dir": str(tmp_path / "out"),
+        "n_walks": 4, "k_values": [1, 2], "n_random_sets": 1, "n_bootstrap": 100,
+        "out_dir": str(tmp_path / "out"),
     }  # fmt: skip
     environment = dict(
         NDIF_API_KEY="a key", NDIF_HOST=server.url, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "hf")

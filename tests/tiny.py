@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from huggingface_hub import constants
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -92,6 +93,8 @@ def use_hub(monkeypatch, cache: Path, endpoint: str = "") -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not endpoint)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint or "http://127.0.0.1:9")
+    # Made at its first use, with the endpoint of that time; it lists files.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     template = "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + template)
 
