@@ -72,6 +72,12 @@ def test_what_was_found_is_what_the_record_says(number, sentence, names):
 # --- commands: those that need a hub are read as the notebook would read them
 
 
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    """The reader has exported a key, as the page says."""
+    monkeypatch.setenv("NDIF_API_KEY", "a key")
+
+
 def given(words: list[str]) -> dict[str, object]:
     """Parameters among a command's words, as papermill hands them to a notebook."""
     found: dict[str, object] = {}
