@@ -164,7 +164,7 @@ class Notebook:
         last = panel.locator(".jp-CodeCell .jp-InputPrompt").last
         wait_for(
             lambda: re.fullmatch(r"\[\d+\]:", last.text_content()) or self.failures.count(),
-            120, lambda: f"it is still running:\n{panel.text_content()[-2000:]}",
+            240, lambda: f"it is still running:\n{panel.text_content()[-2000:]}",
         )  # fmt: skip
         assert self.failures.all_text_contents() == []
         self.explorer = panel.locator(".jp-OutputArea-output:has(.widget-box)")

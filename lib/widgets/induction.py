@@ -260,5 +260,5 @@ def _board_style() -> str:
     return (
         "<style>.jupyter-button.head {min-width: 0; border: 1px solid #767676}\n" + "\n".join(rules) + "\n"
         ".jupyter-button.head.mod-active {background: #000; color: #fff}\n"
-        ".jupyter-button.head:focus-visible {outline: 3px solid #000; outline-offset: 1px}</style>"
+        ".jupyter-button.head:focus-visible {outline: 2px solid #fff; box-shadow: 0 0 0 4px #000}</style>"
     )
