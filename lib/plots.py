@@ -469,8 +469,8 @@ def _places(
     cost = np.tile(inwards, (1, len(away))) + np.repeat(0.8 * (away - away[0]), len(turn))
     cost += 30 * (_overlap(*boxes, at, np.full(2, radius + 1)) > 0).sum(-1)
     for start, end in lines:
-        covered = _overlap(*boxes, np.linspace(start, end, 40), np.ones(2)) > 0
-        cost += 0.1 * covered.mean(-1) * np.linalg.norm(end - start)
+        covered = _overlap(*boxes, np.linspace(start, end, 40), np.full(2, 2)) > 0
+        cost += 0.15 * covered.mean(-1) * np.linalg.norm(end - start)
     return offset, range(len(turn)), cost
 
 
