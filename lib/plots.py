@@ -27,6 +27,7 @@ DIVERGING = "RdBu_r"  # always symmetric about 0
 SEQUENTIAL = "cividis"
 MARKERS = ("o", "s", "^", "D")  # one a line of a panel, so that greyscale tells lines apart
 _WORD = 7.5  # size of the words of a graph
+_WIDER = (1.0, 1.3)  # the frames that words are placed for, as shares of that of a bare grid of axes
 _PAPER = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "boxstyle": "square,pad=0.06"}  # behind labels
 PAGE = 7.0  # figure width in inches, 700 px on a page
 
@@ -274,22 +275,24 @@ def place_labels(
     if not len(words):
         return ax
     box, (x0, x1), (y0, y1) = ax.get_window_extent(), ax.get_xlim(), ax.get_ylim()
-    # The layout is not made yet, so this is the frame of a bare grid of axes; the final one is rather larger.
+    # The layout is not made yet, so this is the frame of a bare grid of axes; the final one is up to _WIDER.
     unit = 72 / ax.figure.dpi * min(box.width / (x1 - x0), box.height / (y1 - y0))
     centre, reach = np.array([x0 + x1, y0 + y1]) / 2, unit * (x1 - x0) / 2
     at, lines = unit * (points - centre), unit * (np.asarray(edges).reshape(-1, 2, 2) - centre)
     font = FontProperties(family=mpl.rcParams["font.family"], size=_WORD)
-    sizes = [text_to_path.get_text_width_height_descent(word, font, False)[:2] for word in words]
-    half = np.array(sizes) / 2 + 1
+    line = text_to_path.get_text_width_height_descent("lp", font, False)[1]  # as high as any word
+    widths = [text_to_path.get_text_width_height_descent(word, font, False)[0] for word in words]
+    half = np.array([(width, line) for width in widths]) / 2 + 1
     offset, near, cost = _places(at, half, lines, radius, reach)
 
-    place, chosen = at[:, None] + offset, cost.argmin(axis=1)
+    chosen = cost.argmin(axis=1)
+    place = np.multiply.outer(_WIDER, at)[:, :, None] + offset  # [frame, word, place, 2]
     for _ in range(20):
         before = chosen.copy()
         for i in range(len(words)):
             others = np.arange(len(words)) != i
-            taken = place[others, chosen[others]]
-            over = _overlap(place[i][:, None], half[i], taken, half[others]).sum(-1)
+            taken = place[:, others, chosen[others]]
+            over = _overlap(place[:, i, :, None], half[i], taken[:, None], half[others]).sum((0, -1))
             chosen[i] = (cost[i] + 2 * over + 20 * (over > 0)).argmin()
         if (chosen == before).all():
             break
@@ -461,14 +464,15 @@ def _places(
     away = radius + 2 + np.array([0, 6, 13, 21])
     shift = (away[:, None, None] * turn).reshape(-1, 2)  # [place, 2]
     offset = shift + np.tile(np.clip(2 * turn, -1, 1), (len(away), 1)) * half[:, None]
-    boxes = (at[:, None] + offset)[:, :, None], half[:, None, None]  # [word, place, 1, 2]
 
     distance = np.linalg.norm(at, axis=1, keepdims=True)
     outer = np.minimum(1, distance / reach)  # well inside, a word rather stands above its point
     inwards = 4 * outer * (1 - (at / np.maximum(distance, 1e-9)) @ turn.T) + (1 - outer) * (1 - turn[:, 1])
     cost = np.tile(inwards, (1, len(away))) + np.repeat(0.8 * (away - away[0]), len(turn))
-    cost += 30 * (_overlap(*boxes, at, np.full(2, radius + 1)) > 0).sum(-1)
-    for start, end in lines:
+    for wider in _WIDER:
+        boxes = (wider * at[:, None] + offset)[:, :, None], half[:, None, None]  # [word, place, 1, 2]
+        cost += 30 * (_overlap(*boxes, wider * at, np.full(2, radius + 1)) > 0).sum(-1)
+    for start, end in wider * lines:
         covered = _overlap(*boxes, np.linspace(start, end, 40), np.full(2, 2)) > 0
         cost += 0.15 * covered.mean(-1) * np.linalg.norm(end - start)
     return offset, range(len(turn)), cost
