@@ -16,6 +16,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests run in as many processes, a file in one of them.
+WORKERS ?= 2
 STUDY ?=
 MODEL ?=
 ARGS ?=
@@ -28,7 +30,7 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python tests/browser.py
-	$(BIN)/python -m pytest tests notebooks --nbval
+	$(BIN)/python -m pytest tests notebooks --nbval --numprocesses $(WORKERS) --dist loadfile
 
 lab: $(STAMP)
 	$(BIN)/python -m jupyterlab notebooks

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Before torch is imported, here and in kernels: more threads than cores wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
+
 _SCRATCH = tempfile.TemporaryDirectory(prefix="latent-geometry-tests-")
 # Before any test or kernel starts: kernels inherit them, those of nbval included.
 os.environ["FIGURES_DIR"] = str(Path(_SCRATCH.name, "figures"))
