@@ -222,19 +222,23 @@ def layer_class_sums(
         output of the last block.
     """
     check_length(model, ids.shape[1])
-    groups = torch.from_numpy(labels)
+    sizes, groups = shape(model), torch.from_numpy(labels)
+    # Batches are written where they belong: to join them at the end would take the memory twice.
+    found = torch.empty(sizes.n_layers + 1, len(ids), n_classes, sizes.d_model)
 
-    def run(rows: torch.Tensor) -> torch.Tensor:
-        batch, of = ids[rows].to(model.device), groups[rows]
+    def run(rows: range) -> None:
+        here = slice(rows.start, rows.stop)
+        batch, of = ids[here].to(model.device), groups[here]
         with torch.no_grad(), model.trace(batch, use_cache=False) as tracer:
             sums = [class_sums(block.input[:, n_prefix:], of, n_classes).cpu() for block in model.layers]
             sums.append(class_sums(model.layers[-1].output[:, n_prefix:], of, n_classes).cpu())
             part = torch.stack(sums).save()
             tracer.stop()
-        return part
+        found[:, here] = part
 
-    batches = Batches(batch_size or auto_batch_size(model, ids.shape[1]))
-    return torch.cat(list(batches.map(run, torch.arange(len(ids)))), dim=1).numpy()
+    for _ in Batches(batch_size or auto_batch_size(model, ids.shape[1])).map(run, range(len(ids))):
+        pass
+    return found.numpy()
 
 
 def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> torch.Tensor:

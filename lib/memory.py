@@ -209,8 +209,8 @@ def plan(
     forward = rehearsal.peak(
         lambda m: interventions.layer_class_sums(m, ids(length), classes, n_bins * n_words, batch_size=rows)
     )
-    others = sums * (n_walks - len(classes)) // n_walks  # of the batches before the last
-    add("class sums of all layers", Peak(forward.device, max(forward.host + others, 2 * sums)))
+    others = sums * (n_walks - len(classes)) // n_walks  # the array is there from the first batch on
+    add("class sums of all layers", forward, others)
     held += sums
     if trained := getattr(config, "training_length", None):
         twice = min(sizes.n_positions, 2 * trained)
