@@ -264,8 +264,8 @@ def place_labels(
     """Write each word beside its point so that no word covers another one or a point.
 
     Of places all around a point, near and farther away, each word in turn takes the cheapest until none
-    moves: it costs to cover a word, a point or an edge, to go far, and to turn inwards. A word that had to
-    go far is joined to its point by a thin line. Set limits and aspect of the axes first.
+    moves: it costs to cover a word, a point or an edge, to go far, to turn inwards, and to leave the frame.
+    A word that had to go far is joined to its point by a thin line. Set limits and aspect of the axes first.
 
     Args:
         points: [word, 2], in data coordinates.
@@ -469,6 +469,7 @@ def _places(
     outer = np.minimum(1, distance / reach)  # well inside, a word rather stands above its point
     inwards = 4 * outer * (1 - (at / np.maximum(distance, 1e-9)) @ turn.T) + (1 - outer) * (1 - turn[:, 1])
     cost = np.tile(inwards, (1, len(away))) + np.repeat(0.8 * (away - away[0]), len(turn))
+    cost += 0.2 * np.maximum(0, np.abs(at[:, None] + offset) + half[:, None] - reach).sum(-1)
     for wider in _WIDER:
         boxes = (wider * at[:, None] + offset)[:, :, None], half[:, None, None]  # [word, place, 1, 2]
         cost += 30 * (_overlap(*boxes, wider * at, np.full(2, radius + 1)) > 0).sum(-1)
