@@ -46,7 +46,7 @@ def _induction(panel: SubFigure, study: Path) -> str:
     names = {"random": plots.GREY, "induction": plots.BLUE, "previous token": plots.VERMILLION}
     bands = {name: bootstrap_band(arrays[f"{kind}_{name.replace(' ', '_')}"]) for name in names}
     ax = panel.subplots()
-    ax.set(ylim=(0, 1), ylabel="accuracy", xlabel="heads ablated", xticks=range(len(ks)), xticklabels=ks)
+    ax.set(ylim=(-0.05, 1), ylabel="accuracy", xlabel="heads ablated", xticks=range(len(ks)), xticklabels=ks)
     plots.draw_bands(ax, np.arange(len(ks)), bands, list(names.values()), marker="o")
     intact, *_, without = bands["induction"].middle
     return f"Accuracy {_short(intact)}, without {ks[-1]} induction heads {_short(without)}"
