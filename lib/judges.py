@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lib.api import DEEPSEEK, Endpoint, NoReply
+from lib.api import Endpoint, NoReply
 from lib.language import grade
 from lib.progress import counting
 
@@ -186,24 +186,13 @@ class OpenAICompatibleJudge:
 
     Args:
         journal: JSON-lines file, made when it is missing; runs and judges may share one.
-        base_url, model, key_variable, timeout, max_retries, options: see `lib.api.Endpoint`.
+        endpoint: the model that judges.
         concurrency: questions under way at a time.
     """
 
-    def __init__(
-        self,
-        journal: str | Path,
-        *,
-        base_url: str = DEEPSEEK,
-        model: str = Endpoint.model,
-        key_variable: str = Endpoint.key_variable,
-        timeout: float = Endpoint.timeout,
-        max_retries: int = Endpoint.max_retries,
-        options: Mapping[str, Any] | None = None,
-        concurrency: int = 8,
-    ):
-        self.endpoint = Endpoint(base_url, model, key_variable, timeout, max_retries, options)
+    def __init__(self, journal: str | Path, endpoint: Endpoint, *, concurrency: int = 8):
         self.journal = _Journal(Path(journal))
+        self.endpoint = endpoint
         self.concurrency = concurrency
 
     def ready(self) -> None:
@@ -277,7 +266,8 @@ def make_judge(kind: str, journal: str | Path, *, base_url: str = "", model: str
 
     Args:
         kind: "substring", "openai", or "rule" for prompts that are requests of `lib.language`.
-        journal, base_url, model: of `OpenAICompatibleJudge`; empty is its default.
+        journal: of `OpenAICompatibleJudge`.
+        base_url, model: of its `lib.api.Endpoint`; empty is the default.
 
     Raises:
         lib.api.ApiError: kind is "openai", and its package or key is missing.
@@ -286,10 +276,7 @@ def make_judge(kind: str, journal: str | Path, *, base_url: str = "", model: str
         return RuleJudge(grade)
     if kind == "substring":
         return SubstringJudge()
-    options = {name: value for name, value in (("base_url", base_url), ("model", model)) if value}
-    judge = OpenAICompatibleJudge(journal, **options)
-    judge.ready()
-    return judge
+    return OpenAICompatibleJudge(journal, Endpoint.of(base_url, model))
 
 
 def read_reply(reply: str) -> Verdict:

@@ -60,16 +60,12 @@ def serve(monkeypatch):
 def judge(tmp_path):
     """Make a judge that asks a server, with a journal in the test's folder."""
 
-    def make(server: ApiServer | str, **options) -> OpenAICompatibleJudge:
+    def make(server: ApiServer | str, concurrency: int = 8, **options) -> OpenAICompatibleJudge:
         url = server if isinstance(server, str) else server.url
-        options = {
-            "model": "judge",
-            "key_variable": "TEST_API_KEY",
-            "timeout": 5,
-            "max_retries": 1,
-            **options,
-        }
-        return OpenAICompatibleJudge(tmp_path / "journal" / "verdicts.jsonl", base_url=url, **options)
+        fixed = {"model": "judge", "key_variable": "TEST_API_KEY", "timeout": 5, "max_retries": 1}
+        endpoint = Endpoint(url, **fixed | options)
+        path = tmp_path / "journal" / "verdicts.jsonl"
+        return OpenAICompatibleJudge(path, endpoint, concurrency=concurrency)
 
     return make
 
@@ -501,13 +497,12 @@ def count_lines(path) -> int:
 
 KILLED_RUN = """
 import sys
+from lib.api import Endpoint
 from lib.judges import OpenAICompatibleJudge
 from test_judges import batch
 url, journal = sys.argv[1:]
-judge = OpenAICompatibleJudge(
-    journal, base_url=url, model="judge", key_variable="TEST_API_KEY", max_retries=1, concurrency=4
-)
-judge(*batch(20))
+endpoint = Endpoint(url, model="judge", key_variable="TEST_API_KEY", max_retries=1)
+OpenAICompatibleJudge(journal, endpoint, concurrency=4)(*batch(20))
 """
 
 
