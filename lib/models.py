@@ -87,13 +87,14 @@ def load(
     Args:
         model_id: `organism/NAME`, a local folder in the Hugging Face layout, or a hub id.
         device: torch device, e.g. "cpu", "cuda", "cuda:1", "mps"; "auto" spreads the blocks over all GPUs,
-            by accelerate. `lib` brings what it adds to a block to that block's device, and what it reads to the
-            CPU; it was never run on several GPUs.
+            by accelerate. `lib` brings what it adds to a block to that block's device, and what it reads to
+            the CPU; it was never run on several GPUs.
         dtype: torch dtype by name: "float32", "bfloat16", "float16".
         revision: hub commit, tag or branch, None or "" for the one that data/models.yaml pins, else the
             default branch; for an organism a training checkpoint such as "step-00600" (see `checkpoints`).
         remote: leave the weights on NDIF and run every trace there, under the key in NDIF_API_KEY; the model
-            is a `lib.remote.RemoteModel`. Hub ids only, without the pinned revision: NDIF serves the main branch.
+            is a `lib.remote.RemoteModel`. Hub ids only, without the pinned revision: NDIF serves the main
+            branch.
         trust_remote_code: run code that comes with the checkpoint. Off unless the user says so.
 
     Returns:
@@ -272,7 +273,9 @@ def ov_matrix(model: TransformersModel, layer: int, head: int) -> torch.Tensor:
         ModelError: a remote model, whose weights are not here.
     """
     if is_remote(model):
-        raise ModelError("the OV circuit is made of weights, and those of a remote model are on NDIF; load it here")
+        raise ModelError(
+            "the OV circuit is made of weights, and those of a remote model are on NDIF; load it here"
+        )
     sizes = shape(model)
     attention = model._module.get_submodule(model.layers[layer].self_attn.path.removeprefix("model."))
     d_head, group = sizes.d_head, sizes.n_heads // sizes.n_key_value_heads

@@ -260,8 +260,8 @@ class RefusalLowRank(StudyParameters):
 
     study: ClassVar[str] = "03_refusal_low_rank"
     stays_here: ClassVar[str] = (
-        "it edits weights, and its answers are written token by token over a key-value cache, which would travel "
-        "with every token"
+        "it edits weights, and its answers are written token by token over a key-value cache, which would "
+        "travel with every token"
     )
 
     model_id: str = Field("organism/refusal-lowrank", min_length=1)
@@ -338,7 +338,10 @@ class CodiAttention(StudyParameters):
 def why_not_remote(model_id: str) -> str:
     """Why a model cannot run on NDIF from here, and what to do; empty if it may."""
     if model_id.startswith("organism/"):
-        return f"NDIF serves models of the hub, and {model_id!r} is one of this repository; name another model_id"
+        return (
+            f"NDIF serves models of the hub, and {model_id!r} is one of this repository; "
+            "name another model_id"
+        )
     if Path(model_id).expanduser().is_dir():
         return f"NDIF serves models of the hub, and {model_id!r} is a folder on this disk; pass the hub id"
     if not os.environ.get("NDIF_API_KEY"):

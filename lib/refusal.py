@@ -537,7 +537,9 @@ def orthogonalized(model: TransformersModel, basis: torch.Tensor, strength: floa
         ModelError: a remote model, whose weights are on NDIF and not for us to edit.
     """
     if is_remote(model):
-        raise ModelError("weights of a remote model are on NDIF and cannot be edited; use an Ablation, or load it here")
+        raise ModelError(
+            "weights of a remote model are on NDIF and cannot be edited; use an Ablation, or load it here"
+        )
     Ablation("orthogonalized", basis)
     if basis.shape[-1] != shape(model).d_model:
         raise ValueError(f"basis has {basis.shape[-1]} dimensions, the model's stream {shape(model).d_model}")
