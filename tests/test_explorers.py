@@ -22,7 +22,7 @@ import pytest
 from browser import chromium
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, TimeoutError, expect
 
 from lib import ROOT
 
@@ -159,9 +159,9 @@ class Notebook:
         panel = self.tab.locator(".jp-NotebookPanel")
         kernel = self.tab.locator(".jp-Notebook-ExecutionIndicator")
         expect(kernel).to_have_attribute("data-status", "idle", timeout=60_000)
-        self.tab.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
-        self.tab.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-        last = panel.locator(".jp-CodeCell .jp-InputPrompt").last
+        prompts = panel.locator(".jp-CodeCell .jp-InputPrompt")
+        self._run_all(prompts.first)
+        last = prompts.last
         wait_for(
             lambda: re.fullmatch(r"\[\d+\]:", last.text_content()) or self.failures.count(),
             240, lambda: f"it is still running:\n{panel.text_content()[-2000:]}",
@@ -170,6 +170,17 @@ class Notebook:
         self.explorer = panel.locator(".jp-OutputArea-output:has(.widget-box)")
         expect(self.explorer).to_have_count(1)
         self.explorer.evaluate(f"element => element.style.maxWidth = '{WIDTH}px'")
+
+    def _run_all(self, first_prompt: Locator) -> None:
+        for patience in (20_000, 60_000):  # ms; what is asked of a kernel that still connects may be dropped
+            self.tab.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+            self.tab.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+            try:
+                first_prompt.get_by_text(re.compile(r"\[\d+\]:")).wait_for(timeout=patience)
+                return
+            except TimeoutError:
+                continue
+        raise AssertionError(f"no cell was run: {self.errors}")
 
     @property
     def failures(self) -> Locator:
