@@ -35,10 +35,11 @@ from lib.claims import Claim, ClaimsTable
 from lib.parameters import NotebookParameters, check
 from lib.progress import unit_was_read
 
-# Modules and packages of lib that no result depends on. A change in any other one makes cached results void.
-_NOT_COMPUTING = {"__init__", "artifacts", "claims", "compare", "kernel", "progress",
-                  "dashboard", "hero", "parameters", "plots", "publish",
-                  "record", "registry", "run", "seeds", "widgets"}
+# Modules and packages of lib that no result depends on, but for what is in its key, as the weights are that
+# organisms come from. A change in any other one makes cached results void.
+_NOT_COMPUTING = {"__init__", "artifacts", "claims", "compare", "dashboard", "hero", "kernel", "memory",
+                  "organisms", "parameters", "plots", "progress", "publish", "record", "registry", "run",
+                  "seeds", "widgets"}  # fmt: skip
 _PACKAGES = ("torch", "numpy", "transformers", "nnsight", "scipy", "networkx", "safetensors", "matplotlib",
              "pydantic")
 _CACHE_PACKAGES = _PACKAGES[:4]
