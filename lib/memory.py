@@ -65,7 +65,7 @@ class MemoryPlan:
     Attributes:
         stages: in the order of the notebook.
         weights: bytes of the weights.
-        device: kind of device; on "cpu" all is host memory.
+        device: kind of device; on "cpu" all is host memory, of "NDIF" the host keeps the results alone.
         rows: rows of a batch in the sweep.
     """
 
@@ -160,11 +160,9 @@ def plan(
         config = model
         choose = partial(rows_that_fit, config, dtype, device, free)
     else:
-        config, dtype, device = (
-            model._module.config,
-            next(model._module.parameters()).dtype,
-            model.device.type,
-        )
+        config, dtype = model._module.config, next(model._module.parameters()).dtype
+        remote = models.is_remote(model)
+        device = "NDIF" if remote else model.device.type
         choose = partial(auto_batch_size, model)
     rehearsal = Rehearsal(config, dtype, device)
     sizes = models.shape(rehearsal.model)

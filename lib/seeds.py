@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib import ROOT
+from lib.claims import number
 
 SHIPPED = ROOT / "sweeps" / "seeds" / "between_seeds.csv"
 
@@ -114,14 +115,14 @@ def _parsed(row: SeedNumber) -> SeedNumber:
                         verdicts=json.loads(row.verdicts))  # fmt: skip
 
 
-def _verdicts(number: SeedNumber) -> str:
+def _verdicts(claim: SeedNumber) -> str:
     """One word where all units agree, else one each."""
-    found = list(number.verdicts.values())
+    found = list(claim.verdicts.values())
     return found[0] if len(set(found)) == 1 else ", ".join(found)
 
 
 def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value + 0.0:.3g}"  # + 0.0: no "-0"
+    return "none" if value is None else number(value)
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

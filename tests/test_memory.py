@@ -137,6 +137,19 @@ def test_shortage_names_stage_need_free_and_remedy():
     assert on_cpu.largest.name == "head scores" and on_cpu.total == 18 * 10**9
 
 
+def test_of_a_remote_model_the_host_keeps_the_results_alone():
+    conditions = [Condition("baseline"), *(Condition("a", [(2, head)]) for head in range(4))]
+    size = dict(n_walks=8, seq_len=60, n_words=4, window=10, layer=1)
+    there = Rehearsal(CONFIGS["llama"], torch.float32, "NDIF").model  # its weights are on meta, too
+    far = memory.plan(there, conditions, **size)
+    near = memory.plan(CONFIGS["llama"], conditions, device="cuda", free=10**9, **size)
+    assert far.device == "NDIF" and far.where == "device" and f"NDIF {memory._amount(far.peak)}" in str(far)
+    hosts = {stage.name: stage.host for stage in far.stages}
+    kept = {stage.name: stage.host - hosts[stage.name] for stage in near.stages}
+    assert kept["ablation sweeps"] >= 8 * 61 * 32 * 4, "here streams are kept for other conditions"
+    assert kept["head scores"] == kept["class sums of all layers"] == 0
+
+
 def test_command_needs_a_configuration_and_no_weights(tmp_path, capsys):
     config = dict(vocab_size=500_000, hidden_size=64, intermediate_size=96, num_attention_heads=8)
     LlamaConfig(num_hidden_layers=4, max_position_embeddings=500, **config).save_pretrained(tmp_path)
