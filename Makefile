@@ -7,7 +7,7 @@
 # make site       a site of README, stored notebooks and model cards, into build/site/
 # make notebooks  execute every study, store its output in notebooks/, draw the picture of README.md
 # make organisms  train the embedded models again
-# make bench      time and memory of studies 1, 3 and 4 against the straightforward way
+# make bench      time and memory of studies 1, 3 and 4 against the straightforward way, and as planned
 # make sweep     the runs that sweeps/seeds.yaml names, or ARGS="--config sweep=FILE"; see sweeps/README.md
 # make lock       pin the newest versions that pyproject.toml allows
 # make clean      remove what the commands above can write again (.venv stays)
@@ -53,6 +53,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.induction_sweep
 	$(BIN)/python -m benchmarks.refusal_sweep
 	$(BIN)/python -m benchmarks.latents_memory
+	$(BIN)/python -m benchmarks.memory_plan --dtypes float32
 
 sweep: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[sweep]'
