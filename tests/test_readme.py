@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 
@@ -17,6 +18,11 @@ from sweeps import sweep
 FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "sweeps/README.md", "benchmarks/README.md")]
 PAGES = [*FRONT, *sorted((ROOT / "data" / "organisms").glob("*/README.md"))]
 README = FRONT[0].read_text()
+LIB = {
+    path: path.relative_to(ROOT / "lib").parts[0].removesuffix(".py")
+    for path in (ROOT / "lib").rglob("*.py")
+    if path.name != "__init__.py" and path.parent.name != "organisms"
+}
 ROWS = re.findall(r"^\| \[(.+?)\]\(figures/(\w+)/.+?\) \|.*\| (.+?) \|$", README, flags=re.MULTILINE)
 BLOCKS = re.findall(r"^```(\w*)\n(.+?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
@@ -38,6 +44,19 @@ def close_to(shown: str):
 def test_links_resolve(page):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_house_lists_every_module_and_none_knows_one_below():
+    lines = re.findall(r"^ {16}(\w[\w ]*?)  +\S", README, flags=re.MULTILINE)
+    floor = {name: i for i, names in enumerate(map(str.split, lines)) for name in names}
+    assert floor.keys() == set(LIB.values())
+    for path, own in LIB.items():
+        # At the head of the file: what a function imports when it needs it may be from below.
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "lib":
+                names = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                for name in {*names} - {"ROOT"}:
+                    assert floor[name] <= floor[own], f"{own} knows {name}"
 
 
 def test_every_study_has_a_row_and_a_sentence():
