@@ -169,15 +169,10 @@ def generate(
     Raises:
         ValueError: a prompt without tokens or longer than the model's positions, a layer that the model
             lacks, or a basis of another width, naming it.
-        ModelError: a tokenizer without pad token, or a remote model, whose key-value cache would travel with
-            every token.
+        ModelError: a tokenizer without pad token.
     """
-    if is_remote(model):
-        raise ModelError(
-            "answers are written over a key-value cache, which would travel to NDIF and back with every "
-            "token; load the model here, or take a measure of the first token"
-        )
-    measure = partial(_answers, model, max_new_tokens, end_tokens(model))
+    answer = _answers_there if is_remote(model) else _answers
+    measure = partial(answer, model, max_new_tokens, end_tokens(model))
     tokens = _over_rows(
         model, prompts, conditions, measure,
         name="generate", key={"end": sorted(end_tokens(model))}, new_tokens=max_new_tokens,
@@ -352,6 +347,40 @@ def _answers(
     return tokens
 
 
+def _answers_there(
+    model: TransformersModel,
+    max_new_tokens: int,
+    end: set[int],
+    prompts: list[Tokens],
+    conditions: list[Ablation],
+) -> np.ndarray:
+    """What `_answers` gives, of a remote model: one job, of which nothing but the new tokens comes back."""
+    inputs, edits = _padded(model, prompts), _Edits(model, conditions)
+    start = inputs["input_ids"].shape[1]
+    # The mask also where nothing is padded: transformers would guess one, and mask pad tokens of a prompt.
+    inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
+    # How its makers have it chat (sampling, penalties) is undone: an answer is made of the likeliest tokens.
+    settings = dict.fromkeys(model._module.generation_config.to_diff_dict()) | {
+        "do_sample": False, "num_beams": 1, "use_cache": True, "max_new_tokens": max_new_tokens,
+        "eos_token_id": sorted(end) or None, "pad_token_id": _pad_id(model),
+    }  # fmt: skip
+    removed, shifts = edits.removed, edits.shifts
+    with torch.no_grad(), model.generate(**settings) as tracer:
+        with tracer.invoke(**inputs):
+            for _ in tracer.iter[:max_new_tokens]:
+                for index, block in enumerate(model.layers):
+                    _edit_block(block, index, removed, shifts)
+                model.lm_head.output  # noqa: B018 - a round waits here for the model, also without edits
+        # A block of its own: where all answers end early, the rounds' is cut short.
+        with tracer.invoke():
+            written = tracer.result[:, start:].detach().cpu().save()
+    tokens = np.full((len(prompts), max_new_tokens), -1)
+    for row, answer in zip(tokens, written.tolist(), strict=True):
+        length = next((i for i, token in enumerate(answer) if token in end), len(answer))
+        row[:length] = answer[:length]
+    return tokens
+
+
 def _divergences(model: TransformersModel, prompts: list[Tokens], conditions: list[Ablation]) -> np.ndarray:
     """KL(intact || condition) of the next token [row]."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
@@ -516,17 +545,22 @@ def _forward(
             if index < first:
                 block.skip(entry)
                 continue
-            if index in removed["block_input"]:
-                remove_subspace(block.input, *removed["block_input"][index])
-            if index in shifts:
-                stream = block.input
-                stream += shifts[index].to(stream.device)
-            if index in removed["attention"]:
-                remove_subspace(block.self_attn.o_proj.output, *removed["attention"][index])
-            if index in removed["mlp"]:
-                remove_subspace(block.mlp.output, *removed["mlp"][index])
+            _edit_block(block, index, removed, shifts)
         logits = model.lm_head.output[:, -1].float().detach().save()
     return logits
+
+
+def _edit_block(block, index: int, removed: dict, shifts: dict) -> None:
+    """Do to a block, within a trace, what the `removed` and the `shifts` of `_Edits` say."""
+    if index in removed["block_input"]:
+        remove_subspace(block.input, *removed["block_input"][index])
+    if index in shifts:
+        stream = block.input
+        stream += shifts[index].to(stream.device)
+    if index in removed["attention"]:
+        remove_subspace(block.self_attn.o_proj.output, *removed["attention"][index])
+    if index in removed["mlp"]:
+        remove_subspace(block.mlp.output, *removed["mlp"][index])
 
 
 def _read_below(

@@ -259,10 +259,6 @@ class RefusalLowRank(StudyParameters):
     """Study 3: how many directions carry refusal."""
 
     study: ClassVar[str] = "03_refusal_low_rank"
-    stays_here: ClassVar[str] = (
-        "it edits weights, and its answers are written token by token over a key-value cache, which would "
-        "travel with every token"
-    )
 
     model_id: str = Field("organism/refusal-lowrank", min_length=1)
     compare_with: Words = [
@@ -306,6 +302,10 @@ class RefusalLowRank(StudyParameters):
         if self.new_categories and self.model_id.startswith("organism/"):
             yield "new_categories: an organism reads no English; leave it empty, or name another model_id"
         yield from _called_alike([self.model_id, *self.compare_with])
+        if self.remote and (here := [name for name in self.compare_with if _not_on_hub(name)]):
+            yield f"compare_with: remote, and NDIF serves models of the hub; leave out {', '.join(here)}"
+        if self.remote and self.benchmarks:
+            yield "benchmarks: lm-eval computes with the weights, which remote leaves on NDIF; leave them out"
         if 0 < self.n_prompts < 4:
             yield f"n_prompts: {self.n_prompts}; at least 4 are needed, 0 is all"
 
@@ -337,16 +337,18 @@ class CodiAttention(StudyParameters):
 
 def why_not_remote(model_id: str) -> str:
     """Why a model cannot run on NDIF from here, and what to do; empty if it may."""
-    if model_id.startswith("organism/"):
-        return (
-            f"NDIF serves models of the hub, and {model_id!r} is one of this repository; "
-            "name another model_id"
-        )
-    if Path(model_id).expanduser().is_dir():
-        return f"NDIF serves models of the hub, and {model_id!r} is a folder on this disk; pass the hub id"
+    if reason := _not_on_hub(model_id):
+        return f"NDIF serves models of the hub, and {model_id!r} is {reason}"
     if not os.environ.get("NDIF_API_KEY"):
         return "the environment holds no NDIF_API_KEY; get a key at login.ndif.us and export it"
     return ""
+
+
+def _not_on_hub(model_id: str) -> str:
+    """What a model is instead of one of the hub, and what to do; empty if its name can be a hub id."""
+    if model_id.startswith("organism/"):
+        return "one of this repository; name another model_id"
+    return "a folder on this disk; pass the hub id" if Path(model_id).expanduser().is_dir() else ""
 
 
 def _called_alike(models: list[str]) -> Iterator[str]:

@@ -11,21 +11,23 @@ A block that is to go remote keeps to five rules, which a local one need not kno
 * a tensor that it makes says its dtype (the server's default is bfloat16), and sums are kept out of the
   server's autocast;
 * what it saves is detached and on the CPU, and as small as it can be: all of it is downloaded;
-* nothing of one trace (a key-value cache, a stream) is needed in the next one: it would travel twice.
+* nothing of one trace (a key-value cache, a stream) is needed in the next one: it would travel twice. Hence
+  an answer of many tokens is one trace, of nnsight's `generate`.
 
 What cannot go remote: models that are not on the hub as they are (the embedded ones, folders, CODI), the
-weights themselves (`ov_matrix`, edits), generation token by token, raw torch hooks.
+weights themselves (`ov_matrix`, edits, lm-eval), raw torch hooks.
 """
 
 from __future__ import annotations
 
 import copyreg
 import hashlib
+from contextlib import suppress
 
 import nnsight
 import torch
 from nnsight.intervention.backends.remote import RemoteError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from websocket import WebSocketException
 
 from lib import registry
@@ -95,6 +97,8 @@ def load(
             + registry.how_to_get(model_id, revision, error, weights="")
         ) from error
     module = model._module.eval().requires_grad_(False)
+    with suppress(OSError):  # not every model has these settings; its end tokens are among them
+        module.generation_config = GenerationConfig.from_pretrained(model_id, revision=revision)
     served, weights = _served(model)
     if served != dtype:
         raise ModelError(f"NDIF serves {model_id} in {served}, asked for {dtype}; set dtype to {served!r}")

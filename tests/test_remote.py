@@ -18,16 +18,19 @@ import torch
 from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.schema.config import CONFIG
-from papermill_runs import finish, start
+from papermill_runs import complaints, finish, start
 from tiny import WORDS, save_tiny, use_hub
+from transformers import GenerationConfig
 
 from lib import ROOT, attention, batches, generation, interventions, models, refusal
 from lib.interventions import Condition
 from lib.models import ModelError
 from lib.parameters import ParameterError, check, schemas
-from lib.record import validate_record
+from lib.prompts import SPLITS
+from lib.record import Record, validate_record
 
 HUB_ID = "Lab/tiny"
+ENDS = [1, 11, 12]
 FAMILIES = ("llama", "gpt2")  # the two ways of naming everything
 
 
@@ -37,6 +40,11 @@ class Server:
     def __init__(self, family: str, folder: Path, dtype: str = "float32"):
         self.family = family
         self.folder = save_tiny(family, folder / "model", chat=True)
+        # As the makers of chat models have them answer; the tiny tokenizers know no end.
+        settings = GenerationConfig(
+            do_sample=True, temperature=2.0, top_p=0.9, repetition_penalty=5.0, eos_token_id=ENDS
+        )
+        settings.save_pretrained(self.folder)
         self.log = folder / "log"
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("ndif_server.py"))]
         self.process = subprocess.Popen(
@@ -91,7 +99,7 @@ def sweep(model, fill=None):
 
 def ablations(model):
     middle = generation.Ablation("middle", CHOSEN, center=CHOSEN[0], layers=range(1, 3))
-    steer = generation.Ablation("steer", CHOSEN[:0], shift=(1, CHOSEN[1]))
+    steer = generation.Ablation("steer", CHOSEN[:0], shift=(1, 6 * CHOSEN[1]))
     return [generation.intact(model), generation.Ablation("all", CHOSEN, strength=0.5), middle, steer]
 
 
@@ -124,6 +132,29 @@ def test_remote_gives_the_numbers_of_local(measure, server, there):
         assert remote.dtype == local.dtype
 
 
+def answers(model, conditions, **options):
+    return generation.generate(model, PROMPTS, conditions, max_new_tokens=8, **options)
+
+
+def test_answers_are_those_of_a_local_model(server, there):
+    conditions = [*ablations(server.here), generation.Ablation("reflect", CHOSEN, strength=2.0)]
+    local = answers(server.here, conditions)
+    assert local == answers(there, conditions) == answers(there, conditions, batch_size=5)
+    assert len({str(row) for row in local}) == len(conditions), "they all do something"
+    lengths = {len(answer) for row in local for answer in row}
+    assert 8 in lengths and min(lengths) < 8, "some answers end, others are cut"
+
+
+def test_answers_that_all_end_early_end_the_job(server, there):
+    """Where nothing is edited, too."""
+    (row,) = answers(server.here, [generation.intact(there)])
+    ended = [prompt for prompt, answer in zip(PROMPTS, row, strict=True) if len(answer) < 7]
+    assert ended
+    for model in (server.here, there):
+        found = generation.generate(model, ended, [generation.intact(model)], max_new_tokens=8)
+        assert found == [[answer for answer in row if len(answer) < 7]]
+
+
 def cells_with_a_trace():
     """(id, source) of the cells of notebook 01 whose trace is written out."""
     notebook = json.loads((ROOT / "notebooks" / "01_induction_ablation.ipynb").read_text())
@@ -153,25 +184,51 @@ def test_a_trace_in_the_notebook_goes_remote_too(cell, server, there, tmp_path):
     np.testing.assert_allclose(made[1], made[0], rtol=1e-5, atol=1e-6)
 
 
-def test_the_whole_notebook_runs_remote(server, tmp_path):
+def run_remote(study: str, server: Server, folder: Path, parameters: dict) -> Record:
+    """Run a notebook on the server's model, to a record that is valid."""
     if server.family != "llama":
         pytest.skip("one family is enough")
-    parameters = {
-        "model_id": HUB_ID, "remote": True, "rows": 3, "words": list(WORDS), "seq_len": 60, "window": 20,
-        "n_walks": 4, "k_values": [1, 2], "n_random_sets": 1, "n_bootstrap": 100,
-        "out_dir": str(tmp_path / "out"),
-    }  # fmt: skip
     environment = dict(
-        NDIF_API_KEY="a key", NDIF_HOST=server.url, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "hf")
+        NDIF_API_KEY="a key", NDIF_HOST=server.url, HF_ENDPOINT=server.url, HF_HOME=str(folder / "hf")
     )
-    notebook = ROOT / "notebooks" / "01_induction_ablation.ipynb"
-    run = finish(start(notebook, tmp_path, parameters, **environment))
+    given = {"model_id": HUB_ID, "remote": True, "n_bootstrap": 100, "out_dir": str(folder / "out")}
+    run = finish(start(ROOT / "notebooks" / f"{study}.ipynb", folder, given | parameters, **environment))
     assert run.returncode == 0, run.stderr[-3000:]
-    record = validate_record(tmp_path / "out" / "record.json")
+    assert complaints(folder) == []
+    record = validate_record(folder / "out" / "record.json")
     assert record.parameters["remote"] is True
     (model,) = record.models
     assert model["device"] == "NDIF" and model["model_id"] == HUB_ID and model["revision"] == "5" * 40
     assert model["n_parameters"] == models.provenance(server.here)["n_parameters"]
+    return record
+
+
+def test_the_whole_notebook_of_induction_runs_remote(server, tmp_path):
+    parameters = {
+        "rows": 3, "words": list(WORDS), "seq_len": 60, "window": 20, "n_walks": 4, "k_values": [1, 2],
+        "n_random_sets": 1,
+    }  # fmt: skip
+    run_remote("01_induction_ablation", server, tmp_path, parameters)
+
+
+def test_the_whole_notebook_of_refusal_runs_remote_but_for_the_weight_edit(server, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": " ".join(rng.permutation(WORDS)[: 2 + i]), "split": split, "label": label}
+        | ({"pair": f"{split} {i}", "category": "ab"[i % 2]} if label != "harmless" else {})
+        for split in SPLITS for i in range(6) for label in ("harmful", "safe", "harmless")
+    ]  # fmt: skip
+    prompts = tmp_path / "pairs.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parameters = {
+        "compare_with": [], "prompts": str(prompts), "judge": "substring", "max_new_tokens": 4,
+        "k_values": [1, 2], "n_random": 1, "strengths": [0.5],
+    }  # fmt: skip
+    record = run_remote("03_refusal_low_rank", server, tmp_path, parameters)
+    claims = {claim.id: claim for claim in record.claims}
+    for name in ("hooks-are-the-edit", "not-elsewhere"):
+        assert claims[name].verdict == "not tested" and "are not edited" in claims[name].reason
+    assert claims["masked-is-exact"].verdict == "holds"
 
 
 def test_a_helper_that_is_not_sent_fails_there(there, monkeypatch):
@@ -209,8 +266,6 @@ def test_remote_model_has_no_weights_and_says_so(there):
         models.ov_matrix(there, 0, 0)
     with pytest.raises(ModelError, match="cannot be edited"), refusal.orthogonalized(there, CHOSEN):
         pass
-    with pytest.raises(ModelError, match="key-value cache, which would travel"):
-        generation.generate(there, PROMPTS, [generation.intact(there)], max_new_tokens=2)
     with pytest.raises(ModelError, match="has no weights here"):
         there.generate(IDS[:1], max_new_tokens=1)
 
@@ -229,13 +284,17 @@ def test_loading_names_what_is_wrong(ndif, monkeypatch):
         models.load(HUB_ID, remote=True)
 
 
+CHAT = {"model_id": HUB_ID, "judge": "substring"}
+
+
 @pytest.mark.parametrize(
     ("study", "given", "message"),
     [
         ("01_induction_ablation", {}, "'organism/induction' is one of this repository"),
         ("01_induction_ablation", {"model_id": HUB_ID, "device": "cuda"}, "device: 'cuda'"),
         ("02_neighbor_mixing", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
-        ("03_refusal_low_rank", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
+        ("03_refusal_low_rank", CHAT, "compare_with: remote, .* leave out organism/refusal-single, "),
+        ("03_refusal_low_rank", CHAT | {"compare_with": [], "benchmarks": ["piqa"]}, "benchmarks: lm-eval"),
         ("04_codi_attention", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
     ],
 )
@@ -249,6 +308,7 @@ def test_parameters_ask_for_the_key(monkeypatch):
     given = {"remote": True, "model_id": HUB_ID}
     monkeypatch.setenv("NDIF_API_KEY", "a key")
     assert check(schemas()["01_induction_ablation"], given).remote
+    assert check(schemas()["03_refusal_low_rank"], given | CHAT | {"compare_with": ["Lab/other"]}).remote
     monkeypatch.delenv("NDIF_API_KEY")
     with pytest.raises(ParameterError, match="no NDIF_API_KEY"):
         check(schemas()["01_induction_ablation"], given)
