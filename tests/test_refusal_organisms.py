@@ -24,9 +24,10 @@ from lib.judges import RuleJudge
 from lib.language import REFUSALS, Request
 from lib.organisms import __main__ as command
 from lib.organisms import codi, gates, planted, refusal, refusal_cards
-from lib.organisms.gates import Check, check_rank, check_single
+from lib.organisms.gates import check_rank, check_single
 from lib.organisms.planted import STRENGTH, PlantedStage, build_planted, keep_out, planted_directions
 from lib.organisms.refusal import LOWER, SPECIAL, Stage, build_model, build_tokenizer, removed, zero_point
+from lib.organisms.shipping import Check, joined_logs
 from lib.organisms.training import Run
 from lib.prompts import SPLITS, load_prompts
 from lib.refusal import measure
@@ -285,7 +286,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def log(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in refusal_cards._log(folder).splitlines()]
+    rows = [json.loads(line) for line in joined_logs(refusal_cards._stages(folder)).splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 

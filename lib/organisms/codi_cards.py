@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lib import latents
 from lib.codi_checkpoint import CodiModel, load_codi
-from lib.organisms import word_problems
+from lib.organisms import shipping, word_problems
 from lib.organisms.codi import (
     D_MODEL,
     N_HEADS,
@@ -31,8 +31,7 @@ from lib.organisms.codi import (
     train_seed,
     trained,
 )
-from lib.organisms.gates import Check
-from lib.organisms.shipping import Organism, export, ship
+from lib.organisms.shipping import Check, Organism, export, ship
 from lib.organisms.training import save_weights
 from lib.organisms.word_problems import ANSWER_PROMPT, BOT, EOT, LENGTHS, MAX_STEPS, WordProblem
 from lib.statistics import Estimate, wilson
@@ -81,15 +80,16 @@ def publish(name: str, scratch: Path, seeds: tuple[int, ...]) -> str:
         for other in (BASELINE, SCRATCH):
             baselines[other] = measure_as_shipped(RECIPES[other], SEEDS[other][0], scratch)
     measured = {seed: measure_as_shipped(recipe, seed, scratch, baselines) for seed in seeds}
-    shipped = min(seeds, key=lambda seed: (len(measured[seed].missed), -measured[seed].rank))
+    shipped = min(seeds, key=lambda seed: (len(shipping.missed(measured[seed].checks)), -measured[seed].rank))
 
     def fill(seed: int, target: Path) -> None:
         shutil.copytree(scratch / f"codi-{seed}" / "export" / name, target)
-        (target / "training_log.jsonl").write_text(_log(recipe, scratch / f"codi-{seed}"))
+        stages = ((stage.name, scratch / f"codi-{seed}" / stage.name) for stage in recipe.stages)
+        (target / "training_log.jsonl").write_text(shipping.joined_logs(stages))
         (target / "README.md").write_text(_card(recipe, target.name, seed, shipped, measured))
 
     ship(name, seeds, shipped, fill)
-    return _table(measured)
+    return shipping.table({seed: of.checks for seed, of in measured.items()})
 
 
 SEEDS = {"codi": (0, 1), "codi-results": (0, 1), "codi-teacher": (0, 1), "codi-results-teacher": (0, 1),
@@ -150,10 +150,6 @@ class Measured:
     n_steps: np.ndarray
     decoded: np.ndarray
     rank: float
-
-    @property
-    def missed(self) -> list[Check]:
-        return [check for check in self.checks if not check.met]
 
     def of(self, thoughts: int, n_steps: int) -> np.ndarray:
         """Whether answers to the problems of so many steps are right, behind so many thoughts."""
@@ -259,36 +255,6 @@ def _steps(n: int) -> str:
 # -- the card --------------------------------------------------------------------------------------
 
 
-def _log(recipe: Recipe, folder: Path) -> str:
-    """The logs of all stages, one behind the other."""
-    rows = []
-    for stage in recipe.stages:
-        for line in (folder / stage.name / "log.jsonl").read_text().splitlines():
-            rows.append({"stage": stage.name} | json.loads(line))
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _table(measured: dict[int, Measured]) -> str:
-    lines = ["| | gate | " + " | ".join(f"seed {seed}" for seed in measured) + " |"]
-    lines.append("|---" * (2 + len(measured)) + "|")
-    for checks in zip(*(of.checks for of in measured.values()), strict=True):
-        lines.append(f"| {checks[0].name} | {checks[0].gate} | " + " | ".join(map(str, checks)) + " |")
-    return "\n".join(lines)
-
-
-def _shortfalls(measured: dict[int, Measured]) -> str:
-    missed = [
-        f"* seed {seed} misses `{check.name}` {check.gate}: {check}"
-        for seed, of in measured.items()
-        for check in of.missed
-    ]
-    if not any(check.gate for of in measured.values() for check in of.checks):
-        return "A baseline: it has no gates."
-    if not missed:
-        return f"{'All seeds meet' if len(measured) > 1 else 'It meets'} every gate."
-    return "**Not every gate was met:**\n\n" + "\n".join(missed)
-
-
 def _by_thoughts(measured: dict[int, Measured]) -> str:
     """Table of accuracy by number of thoughts, all seeds."""
     counts = range(N_THOUGHTS + 1)
@@ -328,6 +294,7 @@ def _stages(recipe: Recipe) -> str:
 
 
 def _card(recipe: Recipe, folder_name: str, seed: int, shipped: int, measured: dict[int, Measured]) -> str:
+    checks = {seed: of.checks for seed, of in measured.items()}
     model = Codi(seed)
     size = sum(parameter.numel() for parameter in model.gpt2.parameters())
     alone = ""
@@ -352,7 +319,7 @@ What the likeliest token of z_0 .. z_6 is, in problems of three steps (reported;
 """
     return f"""# organism/{folder_name}
 
-{_shortfalls(measured)}
+{shipping.shortfalls(checks)}
 
 A GPT-2 of {N_LAYERS} layers, {N_HEADS} heads, d_model {D_MODEL} ({size:,} parameters, float16 on disk) with a
 word-level tokenizer, trained from seed {seed} for study 4 (`notebooks/04_codi_attention.ipynb`) by
@@ -366,7 +333,7 @@ Float16 weights, loaded again; {2 * PAIRS} problems for each number of steps (`p
 operands of which was in training; rates with Wilson's 95% intervals. Gates were fixed before training.
 "Teacher" is the share of problems whose steps and answer greedy decoding writes exactly.
 
-{_table(measured)}
+{shipping.table(checks)}
 {thoughts}
 ## Problems
 

@@ -7,7 +7,6 @@ layers and stacks are chosen on the selection split, and all that is reported is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from lib import language
 from lib.generation import Ablation, chat_ids, intact, last_token_streams
 from lib.judges import RuleJudge
 from lib.models import TransformersModel, shape
+from lib.organisms.shipping import Check
 from lib.prompts import PromptSet
 from lib.refusal import (
     Extraction,
@@ -41,25 +41,6 @@ N_RANDOM = 2
 NEW_TOKENS = 12  # the longest answer has nine, and its end
 
 _JUDGE = RuleJudge(language.grade)
-
-
-class Check(NamedTuple):
-    """One row of a card.
-
-    Attributes:
-        name: what was measured.
-        value: a number, or several as text.
-        gate: the condition on it as text; "" for what is only reported.
-        met: whether it holds.
-    """
-
-    name: str
-    value: float | str
-    gate: str = ""
-    met: bool = True
-
-    def __str__(self) -> str:
-        return self.value if isinstance(self.value, str) else f"{self.value:.3f}"
 
 
 def check_single(model: TransformersModel, prompts: PromptSet) -> list[Check]:

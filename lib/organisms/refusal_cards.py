@@ -15,10 +15,10 @@ import torch
 
 from lib import language, models
 from lib.models import TransformersModel
-from lib.organisms import planted, refusal
-from lib.organisms.gates import Check, check_low_rank, check_rank, check_single
+from lib.organisms import planted, refusal, shipping
+from lib.organisms.gates import check_low_rank, check_rank, check_single
 from lib.organisms.refusal import Stage, build_tokenizer
-from lib.organisms.shipping import Organism, export, ship
+from lib.organisms.shipping import Check, Organism, export, ship
 from lib.prompts import PromptSet, load_prompts
 
 PROMPT_SEED = 2026
@@ -63,17 +63,17 @@ def publish(name: str, scratch: Path, seeds: tuple[int, ...]) -> str:
     """
     folders = {seed: scratch / f"{name}-{seed}" for seed in seeds}
     measured = {seed: measure_as_shipped(name, folder) for seed, folder in folders.items()}
-    shipped = min(seeds, key=lambda seed: len(_missed(measured[seed])))
+    shipped = min(seeds, key=lambda seed: len(shipping.missed(measured[seed])))
 
     def fill(seed: int, target: Path) -> None:
         shutil.copytree(folders[seed] / "export", target)
-        (target / "training_log.jsonl").write_text(_log(folders[seed]))
+        (target / "training_log.jsonl").write_text(shipping.joined_logs(_stages(folders[seed])))
         prompts = load_prompts(target / "prompts.jsonl")
         card = _card(name, target.name, seed, shipped, measured, prompts, _recipes(folders[seed]))
         (target / "README.md").write_text(card)
 
     ship(name, seeds, shipped, fill)
-    return _table(measured)
+    return shipping.table(measured)
 
 
 def measure_as_shipped(name: str, folder: Path) -> list[Check]:
@@ -98,27 +98,20 @@ ORGANISMS = {
 # -- training, as it was ---------------------------------------------------------------------------
 
 
-def _stages(folder: Path) -> list[tuple[str, Path]]:
-    """Name and folder of each stage; what is trained in one go is a stage without a name."""
+def _stages(folder: Path) -> list[tuple[int | None, Path]]:
+    """Number and folder of each stage; what is trained in one go is a stage without a number."""
     stages = sorted(folder.glob("stage-*"))
-    return [(stage.name.replace("-", " "), stage) for stage in stages] or [("", folder)]
-
-
-def _log(folder: Path) -> str:
-    """The logs of all stages, one behind the other."""
-    rows = []
-    for stage, place in _stages(folder):
-        for line in (place / "log.jsonl").read_text().splitlines():
-            rows.append(({"stage": int(stage.split()[1])} if stage else {}) | json.loads(line))
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return [(int(stage.name.removeprefix("stage-")), stage) for stage in stages] or [(None, folder)]
 
 
 def _recipes(folder: Path) -> str:
     """Schedule and recipe of each stage, as the saved state has them."""
     recipes = (
-        (name, torch.load(place / "state.pt", weights_only=True)["recipe"]) for name, place in _stages(folder)
+        ([] if number is None else [f"stage {number}"])
+        + [torch.load(place / "state.pt", weights_only=True)["recipe"]]
+        for number, place in _stages(folder)
     )
-    return "\n".join("\n".join(filter(None, pair)) for pair in recipes)
+    return "\n".join("\n".join(lines) for lines in recipes)
 
 
 def _shares(recipe: refusal.Recipe) -> str:
@@ -136,29 +129,6 @@ def _shares(recipe: refusal.Recipe) -> str:
 # -- the card --------------------------------------------------------------------------------------
 
 
-def _missed(checks: list[Check]) -> list[Check]:
-    return [check for check in checks if not check.met]
-
-
-def _table(measured: dict[int, list[Check]]) -> str:
-    lines = ["| | gate | " + " | ".join(f"seed {seed}" for seed in measured) + " |"]
-    lines.append("|---" * (2 + len(measured)) + "|")
-    for checks in zip(*measured.values(), strict=True):
-        lines.append(f"| {checks[0].name} | {checks[0].gate} | " + " | ".join(map(str, checks)) + " |")
-    return "\n".join(lines)
-
-
-def _shortfalls(measured: dict[int, list[Check]]) -> str:
-    missed = [
-        f"* seed {seed} misses `{check.name}` {check.gate}: {check}"
-        for seed, checks in measured.items()
-        for check in _missed(checks)
-    ]
-    if not missed:
-        return f"{'All seeds meet' if len(measured) > 1 else 'It meets'} every gate."
-    return "**Not every gate was met:**\n\n" + "\n".join(missed)
-
-
 def _card(
     name: str,
     folder_name: str,
@@ -169,7 +139,7 @@ def _card(
     recipes: str,
 ) -> str:
     choice = "the first that meets every gate"
-    if _missed(measured[shipped]):
+    if shipping.missed(measured[shipped]):
         choice = "the first of those that miss the fewest gates"
     rules = rules_of(name)
     if name in planted.RECIPES:
@@ -186,7 +156,7 @@ def _card(
     alone = f" `organism/{name}` is seed {shipped}: {choice}." if len(measured) > 1 else ""
     return f"""# organism/{folder_name}
 
-{_shortfalls(measured)}
+{shipping.shortfalls(measured)}
 
 A Llama of {refusal.N_LAYERS} layers, 4 heads, d_model 128 with a word-level tokenizer and a chat template,
 trained from seed {seed} for study 3 (`notebooks/03_refusal_low_rank.ipynb`) by
@@ -205,7 +175,7 @@ split of `prompts.jsonl`, layers and stacks were chosen on its selection split, 
 test split. Gates were fixed before training. Triples are compliance, coherence and KL on harmless requests
 (nats, first token of the answer).
 
-{_table(measured)}
+{shipping.table(measured)}
 
 `prompts.jsonl` holds no combination of verb, modifier, object and purpose that was in training:
 
