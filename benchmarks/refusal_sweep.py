@@ -189,7 +189,7 @@ def floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]]
     import torch
     from transformers import DynamicCache
 
-    from lib.generation import auto_rows
+    from lib.batches import auto_rows
 
     size = auto_rows(model, max(map(len, prompts)) + new_tokens)
     rows = [(prompt, answer) for answers in known for prompt, answer in zip(prompts, answers, strict=True)]

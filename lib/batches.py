@@ -9,12 +9,14 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedConfig
 
-from lib.models import TransformersModel
+from lib.models import TransformersModel, shape
 from lib.progress import counting
 from lib.rehearsal import activations
 
 Rows = TypeVar("Rows")  # whatever has a length and slices: a tensor, a list, a range
 Result = TypeVar("Result")
+
+_ON_NDIF = 2**31  # bytes of a batch: others share its GPUs, and every batch waits in a queue
 
 
 class Batches:
@@ -103,12 +105,25 @@ def rows_that_fit(
         budget = free * 3 // 4
         fits = (n for n in sizes if activations(config, dtype, n, length, attention) <= budget)
     else:
-        width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        row_bytes = length * (8 * config.hidden_size + 4 * width) * dtype.itemsize
-        # Weights on "meta" are on NDIF: others share its GPUs, and every batch waits in a queue.
-        budget = 2**31 if device == "meta" else 2**23
+        row_bytes = length * _token_bytes(config, dtype)
+        budget = _ON_NDIF if device == "meta" else 2**23
         fits = (n for n in sizes if n * row_bytes <= budget)
     return next(fits, 1)
+
+
+def auto_rows(model: TransformersModel, length: int) -> int:
+    """Rows a forward that suit short prompts, and answers written over a key-value cache: those that take up
+    half of a GPU's free memory, on a CPU 256 MB, on NDIF 2 GB; 256 at most.
+
+    Counts the activations of one block at `length` tokens, and twice the cache.
+    """
+    sizes, parameter = shape(model), next(model._module.parameters())
+    kept = 4 * sizes.n_layers * sizes.n_key_value_heads * sizes.d_head
+    row_bytes = length * _token_bytes(model._module.config, parameter.dtype, kept)
+    budget = _ON_NDIF if parameter.is_meta else 2**28
+    if parameter.device.type == "cuda":
+        budget = free_memory(parameter.device) // 2
+    return 1 << min(8, max(1, budget // row_bytes).bit_length() - 1)  # a power of two, as above
 
 
 def free_memory(device: torch.device) -> int:
@@ -125,6 +140,12 @@ def out_of_memory(error: Exception) -> bool:
         or "out of memory" in text
         or "can't allocate memory" in text
     )
+
+
+def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype, kept: int = 0) -> int:
+    """What the activations of one block take for a token, with `kept` values besides."""
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return (8 * config.hidden_size + 4 * width + kept) * dtype.itemsize
 
 
 def _measured_by(run: Callable) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from lib.batches import Batches
+from lib.batches import Batches, auto_rows
 from lib.models import ModelError, TransformersModel, is_remote, provenance, shape
 from lib.progress import counting
 from lib.record import Cache
@@ -297,23 +297,6 @@ def end_tokens(model: TransformersModel) -> set[int]:
     ends = model._module.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     return ends | ({model.tokenizer.eos_token_id} - {None})
-
-
-def auto_rows(model: TransformersModel, length: int) -> int:
-    """Rows a forward that take up half of a GPU's free memory, on a CPU 256 MB, on NDIF 2 GB; 256 at most.
-
-    Counts the activations of one block at `length` tokens, and twice the key-value cache.
-    """
-    config, sizes = model._module.config, shape(model)
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    parameter = next(model._module.parameters())
-    kept = 4 * sizes.n_layers * sizes.n_key_value_heads * sizes.d_head
-    row_bytes = length * (8 * config.hidden_size + 4 * width + kept) * parameter.element_size()
-    budget = 2**28 if not parameter.is_meta else 2**31
-    if parameter.device.type == "cuda":
-        budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
-    # Powers of two: free memory that varies a little does not make other batches, which no cache holds.
-    return 1 << min(8, max(1, budget // row_bytes).bit_length() - 1)
 
 
 # -- what is measured of a batch: one prompt and one condition a row -------------------------------

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from lib.batches import Batches
+from lib.batches import Batches, auto_rows
 from lib.codi_checkpoint import CodiModel
-from lib.generation import auto_rows, end_tokens
+from lib.generation import end_tokens
 from lib.models import provenance, shape
 from lib.problems import Problem, carried_answer, extract_answer, twin_indices
 from lib.progress import counting

@@ -10,7 +10,7 @@ import torch
 from tiny import save_tiny
 
 from lib.attention import attention_spectra, head_scores, second_copy_loss
-from lib.batches import Batches, auto_batch_size
+from lib.batches import Batches, auto_batch_size, auto_rows
 from lib.interventions import Condition, ablation_sweep, layer_class_sums, mean_head_outputs
 from lib.models import load
 
@@ -118,3 +118,11 @@ def test_results_come_in_order_and_the_size_stays_halved():
 def test_more_memory_means_no_batch_beyond_64_and_at_least_one_row(model):
     sizes = [auto_batch_size(model, length) for length in (1, 50, 1000, 10**6)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 1
+
+
+def test_rows_of_answers_are_powers_of_two_and_256_at_most(model):
+    sizes = [auto_rows(model, length) for length in (1, 100, 10_000, 1_000_000)]
+    assert sizes[0] == 256 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
+    assert all(size & (size - 1) == 0 for size in sizes)
+    row = 1000 * (8 * 32 + 4 * 48 + 4 * 3 * 2 * 8) * 4  # d_model, MLP, and three layers of two heads
+    assert auto_rows(model, 1000) == 1 << (2**28 // row).bit_length() - 1 < 256
