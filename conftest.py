@@ -52,6 +52,36 @@ def write_notebook(tmp_path):
     return write
 
 
+@pytest.fixture(scope="module")
+def codi(tmp_path_factory):
+    """A tiny random CODI model."""
+    from tiny_codi import save_embedded
+
+    from lib.codi_checkpoint import load_codi
+
+    return load_codi(str(save_embedded(tmp_path_factory.mktemp("codi") / "codi")))
+
+
+@pytest.fixture(scope="module")
+def problems(codi):
+    """Its problems."""
+    from lib.problems import read_problems
+
+    return read_problems(codi.folder / "problems.jsonl")
+
+
+@pytest.fixture(scope="module")
+def questions(problems):
+    return [problem.question for problem in problems]
+
+
+@pytest.fixture(scope="module")
+def thoughts(codi, questions):
+    from lib.latents import think
+
+    return think(codi, questions)
+
+
 PARAMETERS = """seq_len: int = 400  # tokens in a walk
 k_values: list[int] = [1, 2]  # heads ablated at a time
 window: int = 200  # tokens averaged at the end of a walk

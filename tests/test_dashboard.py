@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from browser import chromium
 from playwright.sync_api import Browser, Page, expect
-from tiny_codi import N_LAYERS, save_embedded
+from tiny_codi import N_LAYERS
 
 from lib import plots
-from lib.codi_checkpoint import load_codi
 from lib.dashboard import dashboard_data, expression_trees, page
-from lib.latents import Answers, think
-from lib.problems import Equation, Problem, read_problems
+from lib.latents import Answers
+from lib.problems import Equation, Problem
 from lib.readings import attended, measure, measure_text, number_positions
 from lib.widgets.codi import codi_explorer
 
@@ -34,22 +33,11 @@ Z2 = 2  # row of z_2
 
 
 @pytest.fixture(scope="module")
-def codi(tmp_path_factory):
-    return load_codi(str(save_embedded(tmp_path_factory.mktemp("model") / "codi")))
-
-
-@pytest.fixture(scope="module")
-def problems(codi):
-    return read_problems(codi.folder / "problems.jsonl")
-
-
-@pytest.fixture(scope="module")
-def thoughts(codi, problems):
+def thoughts(thoughts):
     """Of the random model, with answers as a trained one writes them; a, b and d are right."""
     answers = ["The answer is : 19", "The answer is : 7", "The answer is : 15", "26", "?"]
     values = np.array([[19.0, 7.0, 15.0, 26.0, np.nan]])
-    found = think(codi, [problem.question for problem in problems])
-    return replace(found, answers=Answers(found.answers.variants, [answers], values))
+    return replace(thoughts, answers=Answers(thoughts.answers.variants, [answers], values))
 
 
 @pytest.fixture(scope="module")

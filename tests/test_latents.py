@@ -22,30 +22,10 @@ from lib.latents import (
     think,
     twin_patches,
 )
-from lib.problems import carried_answer, read_problems
+from lib.problems import carried_answer
 from lib.record import Cache
 
 N = 6  # thoughts
-
-
-@pytest.fixture(scope="module")
-def codi(tmp_path_factory):
-    return load_codi(str(save_embedded(tmp_path_factory.mktemp("codi") / "codi")))
-
-
-@pytest.fixture(scope="module")
-def problems(codi):
-    return read_problems(codi.folder / "problems.jsonl")
-
-
-@pytest.fixture(scope="module")
-def questions(problems):
-    return [problem.question for problem in problems]
-
-
-@pytest.fixture(scope="module")
-def thoughts(codi, questions):
-    return think(codi, questions)
 
 
 def test_thoughts_and_answers_equal_a_loop_without_cache_or_batch(codi, questions, thoughts):

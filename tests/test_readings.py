@@ -8,12 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_codi import N_HEADS, N_LAYERS, plain_maps, save_embedded, whole_sequence
+from tiny_codi import N_HEADS, N_LAYERS, plain_maps, whole_sequence
 
 from lib import readings
-from lib.codi_checkpoint import load_codi
 from lib.latents import think
-from lib.problems import Equation, Problem, read_problems
+from lib.problems import Equation, Problem
 from lib.readings import (
     OPERAND,
     ROLES,
@@ -33,26 +32,6 @@ from lib.readings import (
 from lib.record import Cache
 
 N = 6  # thoughts
-
-
-@pytest.fixture(scope="module")
-def codi(tmp_path_factory):
-    return load_codi(str(save_embedded(tmp_path_factory.mktemp("codi") / "codi")))
-
-
-@pytest.fixture(scope="module")
-def problems(codi):
-    return read_problems(codi.folder / "problems.jsonl")
-
-
-@pytest.fixture(scope="module")
-def questions(problems):
-    return [problem.question for problem in problems]
-
-
-@pytest.fixture(scope="module")
-def thoughts(codi, questions):
-    return think(codi, questions)
 
 
 @pytest.fixture(scope="module")

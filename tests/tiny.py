@@ -246,14 +246,14 @@ def _chat_tokenizer(chat: ChatModel) -> PreTrainedTokenizerFast:
     return made
 
 
-def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig, seed: int = 0, std: float = 0.2) -> PreTrainedModel:
     """A model whose weights are large enough that every head matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=std)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model

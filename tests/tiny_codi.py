@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 D_MODEL, N_LAYERS, N_HEADS, N_POSITIONS = 32, 3, 4, 64
 WORDS = (
@@ -142,17 +143,8 @@ def _config(n_words: int) -> GPT2Config:
     )  # fmt: skip
 
 
-def _random(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
-    """Weights large enough that every head matters, and answers depend on the question."""
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return model.eval()
+def _random(config: GPT2Config, seed: int) -> PreTrainedModel:
+    return random_model(config, seed, std=0.3).eval()  # large enough that answers depend on the question
 
 
 # -- the same with the bare transformers model, one question at a time -----------------------------
