@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lib.batches import Batches, auto_batch_size
-from lib.models import TransformersModel, is_remote, provenance, shape
+from lib.models import ModelShape, TransformersModel, is_remote, provenance, shape
 from lib.progress import counting
 from lib.record import Cache
 
@@ -328,15 +328,11 @@ def ablation_sweep(
     if not 0 <= layer < sizes.n_layers:
         raise ValueError(f"layer {layer}: the model has layers 0 to {sizes.n_layers - 1}")
 
-    unique = list(dict.fromkeys([frozenset(), *(condition.heads for condition in conditions)]))
-    masks = torch.zeros(len(unique), sizes.n_layers, sizes.n_heads, dtype=torch.bool)
-    for i, heads in enumerate(unique):
-        for layer_index, head in heads:
-            masks[i, layer_index, head] = True
+    unique, masks = distinct_heads(conditions, sizes)
     # Streams that one trace of a remote model keeps for another would travel twice.
-    plan = _Plan(masks, shared=not is_remote(model))
+    plan = SweepPlan(masks, shared=not is_remote(model))
     rows_per_batch = batch_size or auto_batch_size(model, ids.shape[1])
-    reader = _Reader(
+    reader = SweepReader(
         model, ids, word_ids, torch.from_numpy(labels), n_classes, layer, n_prefix, fill, plan, rows_per_batch
     )
     key = {
@@ -386,7 +382,22 @@ def check_length(model: TransformersModel, length: int) -> None:
         )
 
 
-class _Plan:
+# -- how a sweep is run; `lib.memory` rehearses it -------------------------------------------------
+
+
+def distinct_heads(
+    conditions: Sequence[Condition], sizes: ModelShape
+) -> tuple[list[frozenset[Head]], torch.Tensor]:
+    """The sets of heads that differ, the baseline's first, and their masks bool [set, layer, head]."""
+    unique = list(dict.fromkeys([frozenset(), *(condition.heads for condition in conditions)]))
+    masks = torch.zeros(len(unique), sizes.n_layers, sizes.n_heads, dtype=torch.bool)
+    for mask, heads in zip(masks, unique, strict=True):
+        for head in heads:
+            mask[head] = True
+    return unique, masks
+
+
+class SweepPlan:
     """Which condition goes on from which.
 
     Attributes:
@@ -427,11 +438,11 @@ class _Plan:
         ]
 
 
-class _Reader:
+class SweepReader:
     """Runs batches of (condition, sequence) rows, and keeps the streams that later rows start from."""
 
     def __init__(
-        self, model, ids, word_ids, labels, n_classes, layer, n_prefix, fill, plan: _Plan, batch_size: int
+        self, model, ids, word_ids, labels, n_classes, layer, n_prefix, fill, plan: SweepPlan, batch_size: int
     ):
         self.model, self.ids, self.layer, self.n_prefix = model, ids, layer, n_prefix
         self.word_ids, self.labels, self.n_classes = torch.as_tensor(list(word_ids)), labels, n_classes

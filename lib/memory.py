@@ -279,7 +279,7 @@ def _sweep(
         masks = torch.zeros(2, sizes.n_layers, sizes.n_heads, dtype=torch.bool)
         masks[1, :, 0] = True
         batch = [(1, sequence) for sequence in range(n)]
-        reader = interventions._Reader(
+        reader = interventions.SweepReader(
             rehearsal.model,
             torch.zeros(n, length, dtype=torch.long),
             range(n_words),
@@ -288,19 +288,15 @@ def _sweep(
             layer,
             1,
             fill,
-            interventions._Plan(masks),
+            interventions.SweepPlan(masks),
             n,
         )
         reader.begin([batch])
         return rehearsal.peak(lambda _: reader.run(batch))
 
-    heads = list(dict.fromkeys([frozenset(), *(condition.heads for condition in conditions)]))
-    masks = torch.zeros(len(heads), sizes.n_layers, sizes.n_heads, dtype=torch.bool)
-    for mask, of in zip(masks, heads, strict=True):
-        for head in of:
-            mask[head] = True
+    _, masks = interventions.distinct_heads(conditions, sizes)
     device = host = 0
-    for n, entered, kept in _batches(interventions._Plan(masks, shared), min(n_walks, rows, 16), rows):
+    for n, entered, kept in _batches(interventions.SweepPlan(masks, shared), min(n_walks, rows, 16), rows):
         entry = n * stream if entered else 0
         at = forward(n)
         device = max(device, at.device + entry)
@@ -308,7 +304,7 @@ def _sweep(
     return Peak(device, host)
 
 
-def _batches(plan: interventions._Plan, n_sequences: int, rows: int) -> list[tuple[int, bool, int]]:
+def _batches(plan: interventions.SweepPlan, n_sequences: int, rows: int) -> list[tuple[int, bool, int]]:
     """Of every batch of the sweep over a group of sequences: rows, whether they start from streams of other
     conditions, and how many streams are kept at its end. A tensor of streams stays while one is needed."""
     batches = plan.batches(range(n_sequences), rows)

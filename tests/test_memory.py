@@ -90,24 +90,20 @@ def test_kept_streams_are_those_of_the_sweep(monkeypatch, tmp_path):
     order = [divmod(int(i), 4) for i in np.random.default_rng(1).permutation(12)]
     conditions = [Condition("baseline"), *(Condition("k", order[:k]) for k in (1, 2, 4)),
                   *(Condition("l", order[4 : 4 + k]) for k in (1, 3))]  # fmt: skip
-    seen, release = [], interventions._Reader.release
+    seen, release = [], interventions.SweepReader.release
 
     def counted(reader, batch):
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in reader.streams.values()}
         seen.append(sum(storage.nbytes() for storage in storages.values()))
         release(reader, batch)
 
-    monkeypatch.setattr(interventions._Reader, "release", counted)
+    monkeypatch.setattr(interventions.SweepReader, "release", counted)
     ids, labels = torch.randint(2, 14, (5, 21)), np.zeros((5, 20), dtype=int)
     interventions.ablation_sweep(
         model, ids, conditions, word_ids=[2, 3], labels=labels, n_classes=2, layer=1, batch_size=5
     )
-    heads = list(dict.fromkeys(c.heads for c in conditions))
-    masks = torch.zeros(len(heads), 3, 4, dtype=torch.bool)
-    for mask, of in zip(masks, heads, strict=True):
-        for head in of:
-            mask[head] = True
-    planned = [kept * 21 * 32 * 4 for _, _, kept in memory._batches(interventions._Plan(masks), 5, 5)]
+    _, masks = interventions.distinct_heads(conditions, models.shape(model))
+    planned = [kept * 21 * 32 * 4 for _, _, kept in memory._batches(interventions.SweepPlan(masks), 5, 5)]
     assert planned == seen and max(planned) > 0
 
 
