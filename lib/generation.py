@@ -340,8 +340,6 @@ def _answers_there(
     """What `_answers` gives, of a remote model: one job, of which nothing but the new tokens comes back."""
     inputs, edits = _padded(model, prompts), _Edits(model, conditions)
     start = inputs["input_ids"].shape[1]
-    # The mask also where nothing is padded: transformers would guess one, and mask pad tokens of a prompt.
-    inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     # How its makers have it chat (sampling, penalties) is undone: an answer is made of the likeliest tokens.
     settings = dict.fromkeys(model._module.generation_config.to_diff_dict()) | {
         "do_sample": False, "num_beams": 1, "use_cache": True, "max_new_tokens": max_new_tokens,

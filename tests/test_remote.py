@@ -155,6 +155,15 @@ def test_answers_that_all_end_early_end_the_job(server, there):
         assert found == [[answer for answer in row if len(answer) < 7]]
 
 
+def test_a_pad_token_that_a_prompt_holds_is_read(server, there):
+    prompt = [0, server.here.tokenizer.pad_token_id, 6, 7]
+    local, remote = (
+        generation.generate(model, [prompt], ablations(model), max_new_tokens=8)
+        for model in (server.here, there)
+    )
+    assert local == remote and any(answer for (answer,) in local)
+
+
 def cells_with_a_trace():
     """(id, source) of the cells of notebook 01 whose trace is written out."""
     notebook = json.loads((ROOT / "notebooks" / "01_induction_ablation.ipynb").read_text())
