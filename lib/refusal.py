@@ -32,6 +32,7 @@ from lib.judges import Judge, grades_of, rates
 from lib.models import ModelError, TransformersModel, is_remote, shape
 from lib.prompts import PromptSet
 from lib.record import Cache
+from lib.statistics import resamples
 
 MAX_KL = 0.1  # nats on harmless prompts
 MAX_DEPTH = 0.8  # share of the layers
@@ -308,6 +309,22 @@ class Outcome(NamedTuple):
     def rank(self, conditions: Sequence[Ablation]) -> int | None:
         """k* of the conditions measured: the smallest subspace that passes (`behavioural_rank`)."""
         return behavioural_rank([len(condition.basis) for condition in conditions], *self.means)
+
+    def rank_support(self, conditions: Sequence[Ablation], n_resamples: int = 2000) -> float:
+        """Share of bootstrap resamples, of forbidden and of harmless prompts, in which k* is the same."""
+
+        def rank(rows: np.ndarray, harmless: np.ndarray) -> int | None:
+            part = self._replace(
+                compliance=self.compliance[:, rows],
+                coherence=self.coherence[:, rows],
+                kl=self.kl[:, harmless],
+            )
+            return part.rank(conditions)
+
+        forbidden = resamples(self.compliance.shape[1], n_resamples)
+        harmless = resamples(self.kl.shape[1], n_resamples, seed=1)
+        found = self.rank(conditions)
+        return float(np.mean([rank(*rows) == found for rows in zip(forbidden, harmless, strict=True)]))
 
     def part(self, start: int, stop: int) -> Outcome:
         """The outcome of some of the conditions."""

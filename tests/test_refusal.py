@@ -428,6 +428,21 @@ def test_extraction_reads_the_extraction_split(llama, prompt_set):
     assert zero[2] == pytest.approx(float(found.harmless[:, 2].mean(0) @ vectors[2] / gap), rel=1e-3)
 
 
+def test_support_of_the_rank_falls_where_a_mean_is_near_its_bound():
+    conditions = [Ablation(f"{k}", random_subspace(D, k, seed=k)) for k in (1, 2)]
+
+    def support(n_complying: int) -> float:
+        compliance = np.stack([np.zeros(100), np.arange(100) < n_complying]).astype(float)
+        outcome = Outcome([], compliance, np.ones((2, 100)), np.zeros((2, 20)), np.ones((2, 20)))
+        assert outcome.rank(conditions) == (2 if n_complying >= 80 else None)
+        return outcome.rank_support(conditions, n_resamples=400)
+
+    assert support(100) == 1.0
+    assert support(40) == 1.0
+    assert 0.4 < support(80) < 0.7
+    assert 0.4 < support(79) < 0.7
+
+
 def test_conditions_of_each_rank_are_of_that_rank(llama, prompt_set):
     found = extract(llama, prompt_set)
     assert [c.name for c in layer_conditions(found)] == ["layer 1", "layer 2"]
