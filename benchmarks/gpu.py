@@ -183,10 +183,11 @@ def _one_condition_at_a_time(model, ids, walks, graph, word_ids, conditions, bat
 
     from lib import interventions, models
     from lib.batches import Batches, auto_batch_size
+    from lib.parameters import InductionAblation
     from lib.walks import rule_following_accuracy
 
     sizes = models.shape(model)
-    layer, words = round(0.81 * sizes.n_layers), torch.tensor(word_ids, device=model.device)
+    layer, words = InductionAblation().read_layer(sizes.n_layers), torch.tensor(word_ids, device=model.device)
     labels, n_classes, accuracies = torch.from_numpy(walks), graph.n_nodes, []
     for condition in conditions:
         mask = torch.zeros(sizes.n_layers, sizes.n_heads, dtype=torch.bool)

@@ -106,9 +106,10 @@ def protocol(model, word_ids, ranked, *, n_walks, length, k_values, n_draws):
 
 def ours(model, ids, walks, graph, word_ids, conditions, batch_size=0) -> float:
     from lib import interventions, models
+    from lib.parameters import InductionAblation
     from lib.walks import rule_following_accuracy
 
-    layer = round(0.81 * models.shape(model).n_layers)
+    layer = InductionAblation().read_layer(models.shape(model).n_layers)
     sweep = interventions.ablation_sweep(
         model, ids, conditions, word_ids=word_ids, labels=walks, n_classes=graph.n_nodes, layer=layer,
         batch_size=batch_size,
@@ -126,9 +127,11 @@ def _one_condition(model, ids, walks, graph, word_ids, condition) -> float:
     import numpy as np
     import torch
 
+    from lib.parameters import InductionAblation
+
     module = model._module
     n_heads = module.config.num_attention_heads
-    layer = round(0.81 * module.config.num_hidden_layers)
+    layer = InductionAblation().read_layer(module.config.num_hidden_layers)
     streams, accuracies = [], []
 
     def ablate(args, index):

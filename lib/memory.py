@@ -381,7 +381,7 @@ def plan_study(
     reserved = weights_of(config, dtype) + CUDA_CONTEXT
     return plan(
         config, conditions, n_walks=study.n_walks, seq_len=study.seq_len, n_words=study.word_graph().n_nodes,
-        window=study.window, layer=study.layer if study.layer >= 0 else round(0.81 * n_layers),
+        window=study.window, layer=study.read_layer(n_layers),
         batch_size=batch_size or study.batch_size, dtype=dtype, device=device, free=max(0, card - reserved),
     )  # fmt: skip
 

@@ -206,6 +206,10 @@ class InductionAblation(_GraphParameters):
     batch_size: Whole = Field(0, ge=0)
     n_bootstrap: Whole = Field(2000, ge=100)
 
+    def read_layer(self, n_layers: int) -> int:
+        """The block at whose input word means are read; by default as deep as Arditi-26's, 26 of 32."""
+        return self.layer if self.layer >= 0 else round(0.81 * n_layers)
+
     def word_graph(self) -> Graph:
         from lib import walks  # networkx: only when there is a graph to build
 

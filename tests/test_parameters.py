@@ -225,3 +225,8 @@ def test_notebook_loads_its_model_at_the_revision_asked_for(study):
     first = next(call for call in calls if ast.unparse(call.func) in ("models.load", "load_codi"))
     [given] = [ast.unparse(keyword.value) for keyword in first.keywords if keyword.arg == "revision"]
     assert given in ("p.revision", "p.revision if name == focus else ''"), "not that of the models beside it"
+
+
+def test_default_read_layer_is_as_deep_as_the_published_one():
+    assert [InductionAblation().read_layer(n) for n in (32, 5)] == [26, 4]
+    assert InductionAblation(layer=0).read_layer(32) == 0
