@@ -201,6 +201,7 @@ def agreement(
     b: Sequence[Hashable],
     labels: Sequence[Hashable],
     *,
+    units: Sequence[Hashable] | None = None,
     n_resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -208,20 +209,33 @@ def agreement(
     """Confusion table, observed agreement, kappa and AC1, with bootstrap intervals over units.
 
     Where kappa is not defined (see `cohen_kappa`) its estimate is NaN.
+
+    Args:
+        a, b: labels by two judges.
+        labels: all that there are.
+        units: what each pair of labels belongs to, such as the request of an answer: pairs of one unit are
+            drawn together. By default each is a unit of its own.
+        n_resamples, level, seed: of the intervals.
     """
     cells, n = _cells(a, b, labels), len(labels)
     if not len(cells):
         raise ValueError("there is no unit to agree on")
+    units = range(len(cells)) if units is None else units
+    if len(units) != len(cells):
+        raise ValueError(f"a unit for each of {len(cells)} pairs of labels is needed, not {len(units)}")
+    places = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+    counts = np.zeros((len(places), n**2), dtype=int)  # [unit, cell]
+    np.add.at(counts, ([places[unit] for unit in units], cells), 1)
 
     def measures(rows: np.ndarray) -> np.ndarray:
-        table = np.bincount(cells[rows], minlength=n**2).reshape(n, n)
+        table = counts[rows].sum(axis=0).reshape(n, n)
         return np.array([np.trace(table) / table.sum(), cohen_kappa(table), gwet_ac1(table)])
 
     table = confusion(a, b, labels)
     if np.isnan(cohen_kappa(table)):  # so is that of every resample: all units lie in one cell
         nan = Estimate(np.nan, np.nan, np.nan)
         return Agreement(table, Estimate(1.0, 1.0, 1.0), nan, Estimate(1.0, 1.0, 1.0))
-    curves = bootstrap(measures, len(cells), n_resamples=n_resamples, level=level, seed=seed)
+    curves = bootstrap(measures, len(counts), n_resamples=n_resamples, level=level, seed=seed)
     return Agreement(table, *(Estimate(*map(float, measure)) for measure in zip(*curves, strict=True)))
 
 

@@ -173,6 +173,21 @@ def test_agreement_agrees_with_naive_ones(labels):
     assert summary.kappa.interval == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
 
 
+def test_agreement_draws_the_pairs_of_a_unit_together():
+    rng = np.random.default_rng(0)
+    units = [f"request {i}" for i in rng.integers(0, 12, 60)]
+    a, b = rng.integers(0, 2, (2, 60)).tolist()
+    summary = agreement(a, b, (0, 1), units=units, n_resamples=300)
+    names, draws = list(dict.fromkeys(units)), []
+    for rows in resamples(len(names), 300):
+        drawn = [i for row in rows for i in range(60) if units[i] == names[row]]
+        draws.append(naive_ac1([a[i] for i in drawn], [b[i] for i in drawn], (0, 1)))
+    assert summary.ac1.interval == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+    assert summary.ac1.value == pytest.approx(naive_ac1(a, b, (0, 1)))
+    with pytest.raises(ValueError, match="a unit for each of 60 pairs of labels is needed, not 12"):
+        agreement(a, b, (0, 1), units=names)
+
+
 def test_agreement_on_one_label_has_no_kappa():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
