@@ -3,7 +3,7 @@
 #                 a model of data/models.yaml: make run MODEL=gpt2, into runs/gpt2/
 # make test       unit tests, notebooks with small parameters, stored outputs against a fresh run;
 #                 pages in a headless Chromium, which root on Debian gets by apt-get if there is none
-# make lab        open JupyterLab
+# make lab        open JupyterLab at notebook 00; as root, in a container: ARGS="--allow-root --ip 0.0.0.0"
 # make site       a site of README, stored notebooks and model cards, into build/site/
 # make notebooks  execute every study, store its output in notebooks/, draw the picture of README.md
 # make organisms  train the embedded models again
@@ -33,7 +33,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest tests notebooks --nbval --numprocesses $(WORKERS) --dist loadfile
 
 lab: $(STAMP)
-	$(BIN)/python -m jupyterlab notebooks
+	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 site: $(STAMP)
 	rm -rf build/site

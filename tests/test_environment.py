@@ -92,6 +92,13 @@ def test_run_passes_study_and_parameters_on():
     assert plan.endswith("-m lib.run --model gpt2 -p seed 3\n")
 
 
+def test_lab_opens_a_notebook_and_serves_the_pictures_beside_the_notebooks():
+    plan = make("--dry-run", "lab", "ARGS=--no-browser").stdout
+    [(opened, rest)] = re.findall(r"-m jupyterlab --LabApp.default_url=/lab/tree/(\S+)(.*)", plan)
+    assert (ROOT / opened).is_file()
+    assert rest == " --no-browser", "a folder would be the root: nothing outside it is shown"
+
+
 def test_install_that_failed_is_tried_again(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
