@@ -201,7 +201,9 @@ def _text(header: list[str], rows: list[list[str]], width: int | None) -> str:
 
 def _html(header: list[str], rows: list[list[str]], _: int | None) -> str:
     def line(tag: str, cells: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        # JupyterLab sets the cells of outputs flush right, as for numbers; only a cell's own style wins.
+        opening = f'<{tag} style="text-align: left">'
+        return "<tr>" + "".join(f"{opening}{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "\n".join(line("td", row) for row in rows)
     return f"<table>\n<thead>{line('th', header)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
