@@ -175,7 +175,7 @@ def _load_embedded(model_id: str, folder: Path, device: str, dtype: str, commit:
         names, prompt = (settings["bot"], settings["eot"]), settings["answer_prompt"]
     except OSError:
         raise ModelError(
-            f"{model_id} is no CODI model: {where} is missing; load it with lib.models"
+            f"{model_id} is no CODI model: {where} is missing; name one, such as organism/codi"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ModelError(

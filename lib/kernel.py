@@ -22,6 +22,14 @@ def is_attended() -> bool:
     return bool(parent and parent.get("content", {}).get("allow_stdin"))
 
 
+class PlainError(Exception):
+    """An error that the user mends, not the programmer: a notebook shows its message in place of the
+    traceback, under which it would drown."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
 # -- errors in traces ------------------------------------------------------------------------------
 
 

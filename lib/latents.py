@@ -476,7 +476,7 @@ def check_questions(codi: CodiModel, questions: Sequence[list[int]], numbers: Se
     if behind >= limit:
         raise ValueError(
             f"{n_thoughts} thoughts and the answer prompt take {behind} tokens of the {limit} positions of "
-            "this model; think fewer"
+            "this model; lower n_thoughts"
         )
     for i, ids in enumerate(questions):
         if not ids:

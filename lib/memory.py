@@ -29,6 +29,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lib import attention, interventions, models, registry
 from lib.batches import auto_batch_size, free_memory, rows_that_fit
 from lib.interventions import Condition
+from lib.kernel import PlainError
 from lib.models import TransformersModel
 from lib.parameters import InductionAblation
 from lib.rehearsal import Peak, Rehearsal
@@ -41,12 +42,8 @@ DEVICE_OVERHEAD = 32 * 2**20
 CUDA_CONTEXT = 500 * 10**6
 
 
-class MemoryShortage(RuntimeError):
+class MemoryShortage(PlainError, RuntimeError):
     """A stage that does not fit; the message says by how much, and what makes it smaller."""
-
-    def _render_traceback_(self) -> list[str]:
-        # IPython shows this in place of the traceback, under which the message would drown.
-        return [f"{type(self).__name__}: {self}"]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lib import ROOT, registry
+from lib.kernel import PlainError
 
 ORGANISMS = ROOT / "data" / "organisms"
 
@@ -57,7 +58,7 @@ ALIASES = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(PlainError, ValueError):
     """A model that cannot be loaded as asked; the message names culprit and remedy."""
 
 
@@ -486,8 +487,8 @@ def _explain_load_failure(model_id: str, folder: Path, revision: str | None, err
     if not isinstance(error, OSError) or not registry.missing_files(model_id, revision):
         return ModelError(f"cannot load {model_id}: {first}")
     return ModelError(
-        f"model_id {model_id!r} is no embedded model ({', '.join(organisms())}), no local folder, and could "
-        f"not be fetched from the hub. {registry.how_to_get(model_id, revision, error)}"
+        f"model_id {model_id!r} is no embedded model, no local folder, and could not be fetched from the "
+        f"hub. {registry.how_to_get(model_id, revision, error)}"
     )
 
 

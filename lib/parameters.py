@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from lib.kernel import PlainError
+
 if TYPE_CHECKING:
     from lib.walks import Graph
 
@@ -30,12 +32,8 @@ GRID_WORDS = tuple(
 Schema = TypeVar("Schema", bound="NotebookParameters")
 
 
-class ParameterError(ValueError):
+class ParameterError(PlainError, ValueError):
     """Parameters are wrong; the message has one line for each problem."""
-
-    def _render_traceback_(self) -> list[str]:
-        # IPython shows this in place of the traceback, under which the message would drown.
-        return [f"{type(self).__name__}: {self}"]
 
 
 def check(schema: type[Schema], namespace: Mapping[str, Any]) -> Schema:

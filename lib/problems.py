@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.kernel import PlainError
+
 _DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _UNSIGNED = re.compile(_DIGITS)
 # A minus after a digit, a letter or a bracket is an operator or a hyphen: 16-3, 60-mile.
@@ -45,7 +47,7 @@ _IN_QUESTION = re.compile(
 )
 
 
-class ProblemError(ValueError):
+class ProblemError(PlainError, ValueError):
     """A file of problems is wrong; the message names file, line and field, and says what to do."""
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from lib import ROOT
 from lib.api import Endpoint
+from lib.kernel import PlainError
 from lib.models import ORGANISMS
 
 PAIRS = ROOT / "data" / "prompts" / "pairs.jsonl"
@@ -30,7 +31,7 @@ LABELS = ("harmful", "safe", "harmless")
 _EXISTS = "exists and is not written over; remove it, or choose another name"
 
 
-class PromptError(ValueError):
+class PromptError(PlainError, ValueError):
     """A file of prompts is wrong; the message names file, line and field, and says what to do."""
 
 

@@ -286,7 +286,7 @@ def _read(
         if not 0 <= layer < sizes.n_layers:
             raise ValueError(f"layer {layer} for the lens; the model has layers 0 to {sizes.n_layers - 1}")
     if not 1 <= k <= sizes.n_vocabulary:
-        raise ValueError(f"k {k}: the lens has 1 to {sizes.n_vocabulary} tokens to show")
+        raise ValueError(f"top_k {k}: the lens has 1 to {sizes.n_vocabulary} tokens to show")
     lengths = [len(sequence.ids) for sequence in sequences]
     for problem, length in zip(problems, lengths, strict=True):
         if length > sizes.n_positions:

@@ -383,7 +383,7 @@ def test_unknown_names_fail_offline_with_a_remedy(tmp_path, monkeypatch):
     with pytest.raises(ModelError) as raised:
         load("nobody/no-such-model")
     for part in (
-        "'nobody/no-such-model' is no embedded model (organism/",
+        "'nobody/no-such-model' is no embedded model, no local folder, and could not be fetched from the hub",
         "config.json, tokenizer.json, model.safetensors are not on this disk",
         "the hub can not be reached from here",
         "hf download nobody/no-such-model",
