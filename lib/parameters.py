@@ -292,6 +292,8 @@ class RefusalLowRank(StudyParameters):
         yield from super().faults()
         if self.judge == "rule" and not (self.model_id.startswith("organism/") or self.prompts):
             yield "judge: 'rule' grades the request language of the organisms; take 'openai' or 'substring'"
+        if self.judge != "rule" and self.model_id.startswith("organism/"):
+            yield f"judge: {self.judge!r}, but an organism's answers are graded by 'rule'; take second_judge"
         asked = "openai" in (self.judge, self.second_judge) or self.new_categories
         if (self.judge_url or self.judge_model) and not asked:
             yield f"judge: {self.judge!r}, but judge_url or judge_model is given; set judge to 'openai'"

@@ -51,7 +51,11 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     readme.write_text(with_badges(readme.read_text(encoding="utf-8"), url, commit, studies), encoding="utf-8")
     for path in notebooks(root):
         _write_cell(path, CELL.format(url=url, commit=commit))
-    print(f"{url or 'no address'} {commit}: README.md and {len(studies)} notebooks say so")
+    if url:
+        print(f"{url} at {commit}: README.md and {len(studies)} notebooks say so")
+    else:
+        print(f"CITATION.cff has no address: README.md has no badges, and {len(studies)} notebooks say to clone")
+        print("to give one: python -m lib.publish https://github.com/OWNER/NAME")
 
 
 def published(root: Path = ROOT) -> tuple[str, str]:

@@ -179,6 +179,8 @@ def test_judge_that_cannot_grade_is_named():
     with pytest.raises(ParameterError, match="judge: 'rule' grades the request language of the organisms"):
         check(RefusalLowRank, {"model_id": "Qwen/Qwen3-1.7B"})
     assert check(RefusalLowRank, {"model_id": "Qwen/Qwen3-1.7B", "judge": "substring"}).judge == "substring"
+    with pytest.raises(ParameterError, match="judge: 'openai', but an organism's answers are graded by"):
+        check(RefusalLowRank, {"judge": "openai"})
     with pytest.raises(ParameterError, match="judge: 'rule', but judge_url or judge_model is given"):
         check(RefusalLowRank, {"judge_model": "some-model"})
 
