@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     if url:
         print(f"{url} at {commit}: README.md and {len(studies)} notebooks say so")
     else:
-        print(f"CITATION.cff has no address: README.md has no badges, and {len(studies)} notebooks say to clone")
+        print(f"CITATION.cff has no address: README.md has no badges, {len(studies)} notebooks say to clone")
         print("to give one: python -m lib.publish https://github.com/OWNER/NAME")
 
 
