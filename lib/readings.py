@@ -188,8 +188,9 @@ def measure_text(
         others: as for `measure`.
 
     Returns:
-        Reading; without `rows` its rows are "step 0", "step 1", ..., "answer". "this step" are the tokens of
-        the step up to the row, "earlier result" the results of the steps before it, "CoT" their other tokens.
+        Reading; without `rows` its rows are "step 0", "step 1", ..., "answer". A row's step is the one whose
+        result it writes, else the one that it stands in. "this step" are the tokens of that step up to the
+        row, "earlier result" the results of the steps before it, "CoT" their other tokens.
     """
     texts = [teacher_text(codi, problem) for problem in problems]
     deepest = max((len(text.steps) for text in texts), default=0)
@@ -210,8 +211,11 @@ def measure_text(
         if not all(-1 <= row < len(text.ids) for row in chosen):
             raise ValueError(f"problem {problem.id!r}: rows {chosen}; its text has {len(text.ids)} tokens")
         kinds, steps = np.full((len(chosen), len(text.ids)), TEXT, dtype=np.int8), []
+        # Where a step is its result alone, the token that writes it is of the step before, or of the question.
+        writes = {span.start - 1: step for step, span in enumerate(text.results)}
         for row, of in zip(chosen, kinds, strict=True):
             current = next((step for step, span in enumerate(text.steps) if row in span), -1)
+            current = writes.get(row, current)
             steps.append(len(problem.equations) - 1 if row in text.prompt else current)
             for step, (span, results) in enumerate(zip(text.steps, text.results, strict=True)):
                 of[span] = TEXT_CATEGORIES.index("this step" if step == current else "CoT")

@@ -357,6 +357,20 @@ def test_text_categories_by_hand(codi, problems):
         assert {words[t] for t in range(n) if kinds[row][t] == "distractor"} == {"12"}
 
 
+def test_text_categories_of_results_alone_by_hand(codi, problems):
+    read = measure_text(replace(codi, cot="results"), problems[3:4])
+    words = read.texts[0]
+    kinds = [[TEXT_CATEGORIES[k] if k >= 0 else "-" for k in row] for row in read.kinds[0]]
+    n = words.index(";") - 1
+    assert words[n:] == "16 ; 13 ; The answer is :".split()
+    assert kinds[0][n - 1 :] == ["self", *["-"] * 8]  # the question's last token writes 16
+    assert kinds[1][n:] == ["earlier result", "self", *["-"] * 6]  # the first ; writes 13
+    assert kinds[2][n:] == ["earlier result", "CoT"] * 2 + ["answer prompt"] * 3 + ["self"]
+    for row, operands in ((0, {"6", "10"}), (1, {"3"}), (2, set())):
+        assert {words[t] for t in range(n) if kinds[row][t] == "operand"} == operands
+        assert {words[t] for t in range(n) if kinds[row][t] == "distractor"} == {"12"}
+
+
 def test_any_rows_of_a_text(codi, problems):
     texts = [teacher_text(codi, problem) for problem in problems]
     rows = [[span[0] for span in text.results] for text in texts]
