@@ -10,7 +10,7 @@
 # make bench      time and memory of studies 1, 3 and 4 against the straightforward way, and as planned
 # make sweep     the runs that sweeps/seeds.yaml names, or ARGS="--config sweep=FILE"; see sweeps/README.md
 # make lock       pin the newest versions that pyproject.toml allows
-# make clean      remove what the commands above can write again (.venv stays)
+# make clean      remove build/, caches and runs/, with your own runs in it (.venv stays)
 
 SHELL := /bin/bash
 VENV ?= .venv
