@@ -211,7 +211,7 @@ def measure_text(
         if not all(-1 <= row < len(text.ids) for row in chosen):
             raise ValueError(f"problem {problem.id!r}: rows {chosen}; its text has {len(text.ids)} tokens")
         kinds, steps = np.full((len(chosen), len(text.ids)), TEXT, dtype=np.int8), []
-        # Where a step is its result alone, the token that writes it is of the step before, or of the question.
+        # Where a step is its result alone, the token that writes it is of the step before or of the question.
         writes = {span.start - 1: step for step, span in enumerate(text.results)}
         for row, of in zip(chosen, kinds, strict=True):
             current = next((step for step, span in enumerate(text.steps) if row in span), -1)
