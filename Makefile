@@ -33,7 +33,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest tests notebooks --nbval --numprocesses $(WORKERS) --dist loadfile
 
 lab: $(STAMP)
-	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
+	$(BIN)/python -m jupyterlab --LabApp.news_url=None --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 site: $(STAMP)
 	rm -rf build/site

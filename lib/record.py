@@ -304,7 +304,7 @@ def read_record(path: str | Path) -> Record:
     try:
         return Record.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise RecordError(f"{path}: there is no record; the study did not finish") from None
+        raise RecordError(f"{path}: there is no record; the study did not finish, or never began") from None
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}") from None
     except ValidationError as error:

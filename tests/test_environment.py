@@ -94,7 +94,7 @@ def test_run_passes_study_and_parameters_on():
 
 def test_lab_opens_a_notebook_and_serves_the_pictures_beside_the_notebooks():
     plan = make("--dry-run", "lab", "ARGS=--no-browser").stdout
-    [(opened, rest)] = re.findall(r"-m jupyterlab --LabApp.default_url=/lab/tree/(\S+)(.*)", plan)
+    [(opened, rest)] = re.findall(r"-m jupyterlab .*--LabApp.default_url=/lab/tree/(\S+)(.*)", plan)
     assert (ROOT / opened).is_file()
     assert rest == " --no-browser", "a folder would be the root: nothing outside it is shown"
 
