@@ -280,15 +280,19 @@ def _last_words(lines: list[str], status: int, problem: str) -> str:
 
 def _refresh(notebook: Path, executed: Path) -> None:
     """Store the executed notebook, without papermill's times and paths, in place of the old one."""
-    document = json.loads(executed.read_text(encoding="utf-8"))
-    document["metadata"].pop("papermill", None)
-    for cell in document["cells"]:
+    import nbformat
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    document = nbformat.read(executed, as_version=4)
+    document.metadata.pop("papermill", None)
+    for cell in document.cells:
         for noise in ("papermill", "execution"):
-            cell["metadata"].pop(noise, None)
-        if not cell["metadata"].get("tags", True):
-            del cell["metadata"]["tags"]
-    text = json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True)  # as nbformat writes it
-    notebook.write_text(text + "\n", encoding="utf-8")
+            cell.metadata.pop(noise, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+    # What a cell prints is one output, wherever the kernel happened to pass it on.
+    document, _ = CoalesceStreamsPreprocessor().preprocess(document, {})
+    nbformat.write(document, notebook)
 
 
 class _Progress:

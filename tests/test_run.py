@@ -249,10 +249,11 @@ def test_another_revision_of_a_model(run_studies, write_notebook, tmp_path, monk
 
 
 def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebook):
-    notebook = write_notebook(FINISH)
+    notebook = write_notebook("print('one', flush=True)\nimport time\ntime.sleep(0.5)\nprint('two')", FINISH)
     assert run_studies("--refresh")[0] == 0
     stored = nbformat.read(notebook, as_version=4)
-    assert [cell.execution_count for cell in stored.cells] == [1, 2, 3]
+    assert [cell.execution_count for cell in stored.cells] == [1, 2, 3, 4]
+    assert [output.text for output in stored.cells[2].outputs] == ["one\ntwo\n"]
     assert "0.3 [0.2, 0.4]" in str(stored.cells[-1].outputs)
     assert stored.cells[0].metadata == {"tags": ["parameters"]} and stored.cells[1].metadata == {}
     assert "papermill" not in notebook.read_text()
