@@ -19,8 +19,9 @@ study.close()"""
 
 
 @pytest.fixture
-def run_studies(tmp_path, figures, capsys):
+def run_studies(tmp_path, figures, capsys, monkeypatch):
     """Run the command line on the notebooks of this test; returns its status and what it printed."""
+    monkeypatch.setenv("COLUMNS", "120")  # the table takes the terminal's width
 
     def main(*argv: str) -> tuple[int, str]:
         status = run.main(list(argv), tmp_path / "notebooks", tmp_path / "runs")
