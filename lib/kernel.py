@@ -14,6 +14,11 @@ from typing import Any
 from lib import ROOT
 
 
+def is_running() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return hasattr(_shell(), "kernel")
+
+
 def is_attended() -> bool:
     """Whether the running cell was started by a person: JupyterLab and its like offer the kernel to ask them
     for input, papermill, nbclient and nbval do not."""

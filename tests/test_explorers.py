@@ -1,7 +1,4 @@
-"""The explorers in real JupyterLab and a headless Chromium: run all, move a control, the picture follows.
-
-Two notebooks run whole; of the other two, only the cells that their explorer's cell depends on.
-"""
+"""The explorers in real JupyterLab and a headless Chromium: run all, move a control, the picture follows."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import symtable
 import sys
 import time
 from collections.abc import Iterator
@@ -32,8 +28,6 @@ SMALL = {
     "03_refusal_low_rank": {"compare_with": [], "n_prompts": 12, "k_values": [1, 3], "n_random": 1},
     "04_codi_attention": {"compare_with": [], "answer_only": [], "n_problems": 60, "n_bootstrap": 100},
 }
-WHOLE = {"02_neighbor_mixing"}
-EXPLORER = "nbval-ignore-output"  # tag of the cell
 WIDTH = 700  # px
 OWN_FOLDERS = (
     "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR",
@@ -97,43 +91,13 @@ def wait_for(ready, seconds: float, why) -> None:
 
 
 def small(path: Path, runs: Path) -> nbformat.NotebookNode:
-    """A notebook with small parameters, whole or cut down to what its explorer needs, without outputs."""
+    """A notebook with small parameters, without outputs."""
     values = SMALL[path.stem] | {"out_dir": str(runs / path.stem)}
     notebook = parameterize_notebook(load_notebook_node(str(path)), values)
-    if path.stem not in WHOLE:
-        notebook.cells = needed(notebook.cells)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     return notebook
-
-
-def needed(cells: list) -> list:
-    """The explorer's cell, those that assign a name which it uses, and so on back to the parameters."""
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    while EXPLORER not in code[-1].metadata.tags:
-        code.pop()
-    chosen, wanted = [], set()
-    for cell in reversed(code):
-        assigned, used = names_of(cell.source)
-        given = {"parameters", "injected-parameters"} & {*cell.metadata.tags}
-        if not chosen or given or assigned & wanted:
-            chosen.insert(0, cell)
-            wanted = wanted - assigned | used
-    return chosen
-
-
-def names_of(source: str) -> tuple[set[str], set[str]]:
-    """Names that a cell assigns, and those that it takes from other cells."""
-    tables = [symtable.symtable(source, "cell", "exec")]
-    symbols = {symbol.get_name(): symbol for symbol in tables[0].get_symbols()}
-    assigned = {name for name, symbol in symbols.items() if symbol.is_assigned() or symbol.is_imported()}
-    used = {name for name, symbol in symbols.items() if symbol.is_referenced()}
-    while tables:
-        inner = tables.pop().get_children()
-        used |= {symbol.get_name() for table in inner for symbol in table.get_symbols() if symbol.is_global()}
-        tables += inner
-    return assigned, used - assigned
 
 
 # -- a notebook in it ------------------------------------------------------------------------------

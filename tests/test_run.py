@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import base64
+import io
 import subprocess
 import sys
 import time
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 from tiny import add_to_hub_cache, save_tiny, use_hub
 
 from lib import registry, run
@@ -261,6 +265,31 @@ def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebo
     first = notebook.read_bytes()
     assert run_studies("--refresh")[0] == 0
     assert notebook.read_bytes() == first, "a second refresh differs"
+
+
+def test_stored_figures_are_fine_and_small(run_studies, write_notebook, tmp_path):
+    draw = """from lib import plots
+plots.use_house_style()
+import matplotlib.pyplot as plt
+fig, ax = plt.subplots(figsize=(7, 3))
+ax.imshow([[i * j for i in range(40)] for j in range(40)], cmap="viridis")
+plt.show()"""
+    notebook = write_notebook(draw, FINISH)
+    assert run_studies("--refresh")[0] == 0
+    stored, executed = (
+        nbformat.read(path, as_version=4).cells[2].outputs[0]
+        for path in (notebook, tmp_path / "runs" / notebook.name)
+    )
+    size = stored.metadata["image/png"]
+    assert len(stored.data["image/png"]) < 0.6 * len(executed.data["image/png"])
+    few, all_colours = (
+        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+        for output in (stored, executed)
+    )
+    assert few.size == all_colours.size
+    assert [pixels // 2 for pixels in few.size] == [size["width"], size["height"]]
+    differences = np.abs(np.asarray(few, float) - np.asarray(all_colours, float))
+    assert differences.mean() < 1 and np.quantile(differences, 0.99) < 12, "of 255"
 
 
 def test_failed_refresh_leaves_the_notebook(run_studies, write_notebook):
