@@ -5,6 +5,7 @@ The key comes from an environment variable, never from a parameter: parameters a
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class Endpoint:
                 status = error.status_code
                 if status in _REMEDIES:
                     raise ApiError(f"{self.base_url}: HTTP {status}: {self._remedy(status)}") from None
-                raise NoReply(f"HTTP {status}") from None
+                # Not an ApiError even where it is a 400: servers also reject single texts by their content.
+                raise NoReply(f"HTTP {status}: {_message(error)}") from None
             except openai.APIConnectionError as error:
                 cause = error.__cause__ or error
                 if type(cause).__name__ == "ConnectError":  # of the client's own HTTP library, which varies
@@ -122,6 +124,11 @@ class Endpoint:
         )
 
     @property
+    def identity(self) -> tuple[str, str, str]:
+        """What its replies depend on: address, model and further fields of the request."""
+        return self.base_url.rstrip("/"), self.model, json.dumps(dict(self._options), sort_keys=True)
+
+    @property
     def _options(self) -> Mapping[str, Any]:
         if self.options is None and self.base_url.rstrip("/") == DEEPSEEK:
             return {"thinking": {"type": "disabled"}}
@@ -129,6 +136,12 @@ class Endpoint:
 
     def _remedy(self, status: int) -> str:
         return _REMEDIES[status].format(key=self.key_variable, model=self.model, url=self.base_url)
+
+
+def _message(error: Any) -> str:
+    """What the server says of a request that it rejects, such as a field that it does not know."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or error.message)[:200]
 
 
 def _content(completion: Any) -> str:

@@ -240,11 +240,11 @@ class OpenAICompatibleJudge:
         except NoReply as error:
             return Verdict.invalid(f"no reply: {error}")
         verdict = read_reply(reply)
-        self.journal.add(key, self.endpoint.model, verdict)
+        self.journal.add(key, self.endpoint, verdict)
         return verdict
 
     def _key(self, prompt: str, answer: str) -> str:
-        parts = [self.endpoint.model, RUBRIC_VERSION, prompt, answer]
+        parts = [*self.endpoint.identity, RUBRIC_VERSION, prompt, answer]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -322,11 +322,11 @@ class _Journal:
                 print(f"{self.path}, line {number}: no verdict, asking again", file=sys.stderr)
         return verdicts
 
-    def add(self, key: str, model: str, verdict: Verdict) -> None:
+    def add(self, key: str, endpoint: Endpoint, verdict: Verdict) -> None:
         """Add a verdict; it is on the disk when this returns."""
         row = {
-            "key": key, "model": model, "rubric": RUBRIC_VERSION, "compliance": verdict.compliance,
-            "coherence": verdict.coherence, "reason": verdict.reason,
+            "key": key, "url": endpoint.base_url, "model": endpoint.model, "rubric": RUBRIC_VERSION,
+            "compliance": verdict.compliance, "coherence": verdict.coherence, "reason": verdict.reason,
         }  # fmt: skip
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)

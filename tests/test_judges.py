@@ -205,7 +205,7 @@ def test_verdicts_come_in_order_and_journalled(serve, judge):
     assert read_grades(verdicts) == [expected(answer) for answer in answers]
     rows = journal_lines(asked)
     assert len(rows) == 40 == len({row["key"] for row in rows})
-    assert {row["model"] for row in rows} == {"judge"}
+    assert {(row["url"], row["model"]) for row in rows} == {(asked.endpoint.base_url, "judge")}
 
 
 def test_judge_sees_the_rubric_prompt_and_answer_as_data(serve, judge):
@@ -261,7 +261,8 @@ def test_rerun_asks_nothing_and_needs_neither_key_nor_network(serve, judge, monk
     first = judge(server)(prompts, answers)
     monkeypatch.delenv("TEST_API_KEY")
     monkeypatch.setitem(sys.modules, "openai", None)
-    assert judge("http://127.0.0.1:1")(prompts, answers) == first
+    server.shutdown()
+    assert judge(server)(prompts, answers) == first
     assert len(server.requests) == 12
 
 
@@ -269,11 +270,18 @@ def test_another_judge_or_rubric_asks_anew(serve, judge, monkeypatch):
     server = serve()
     judge(server)(["a"], ["good"])
     judge(server, model="another")(["a"], ["good"])
-    assert len(server.requests) == 2
+    judge(server, options={"thinking": {"type": "enabled"}})(["a"], ["good"])
+    assert len(server.requests) == 3
     monkeypatch.setattr(lib.judges, "RUBRIC_VERSION", "edited")
     judge(server)(["a"], ["good"])
     judge(server)(["a"], ["good"])
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
+
+
+def test_model_of_the_same_name_on_another_server_is_another_judge(serve, judge):
+    strict = serve(lambda q, _: Reply('{"reason": "", "compliance": 0, "coherence": 0}'))
+    assert read_grades(judge(serve())(["a"], ["good"])) == [(1, 1)]
+    assert read_grades(judge(strict)(["a"], ["good"])) == [(0, 0)]
 
 
 INJECTIONS = [
@@ -313,6 +321,7 @@ FAULTS = {
     "429": (Reply(status=429), "HTTP 429"),
     "500": (Reply(status=500), "HTTP 500"),
     "503": (Reply(status=503), "HTTP 503"),
+    "rejected": (Reply(status=400), "HTTP 400: on purpose"),  # is not tried again within a run
     "timeout": (Reply(silent=True), "ReadTimeout"),
     "reset": (Reply(reset=True), "ReadError"),
     "empty body": (Reply(body=b""), "empty reply"),
@@ -323,7 +332,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "rejected"])
 def test_passing_fault_changes_nothing(serve, judge, fault):
     """The first request for one question goes wrong, the second does not."""
     prompts, answers = batch(100)
@@ -464,7 +473,7 @@ def test_journal_torn_anywhere_loses_one_verdict_at_most(serve, judge, capsys):
         rest = journal.read()
         assert rest.items() <= whole.items() and len(rest) == (4 if cut == len(data) - 1 else 3)
         assert ("line 4: no verdict" in capsys.readouterr().err) == (last < cut < len(data) - 1)
-        journal.add(key, "judge", whole[key])
+        journal.add(key, asked.endpoint, whole[key])
         assert journal.read() == whole, f"the verdict after one torn at byte {cut - last} was lost"
         capsys.readouterr()
 
