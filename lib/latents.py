@@ -8,6 +8,9 @@ thought. z_0 .. z_{n-1} are projected and fed back as the n thoughts; z_n is dec
     reads                          project(z_0)      project(z_{n-1})
     final state             z_0    z_1               z_n
 
+Behind <eot> the model writes the answer prompt by itself, or something else first: with too few thoughts it
+may write out its steps. To ask what the thoughts alone are good for, the prompt is fed (`Variant.prompted`).
+
 The model runs as it is used, with a key-value cache. All problems and variants (fewer thoughts, thoughts
 replaced) ride in the batch; variants of a problem share its question. Questions of equal length share a
 batch, so that nothing is padded or masked. `lib.readings` looks inside.
@@ -29,7 +32,7 @@ from lib.batches import Batches, auto_rows
 from lib.codi_checkpoint import CodiModel
 from lib.generation import end_tokens
 from lib.models import provenance, shape
-from lib.problems import Problem, carried_answer, extract_answer, twin_indices
+from lib.problems import Problem, carried_answer, extract_answer, question_numbers, twin_indices
 from lib.progress import counting
 from lib.record import Cache
 
@@ -93,12 +96,14 @@ class Variant:
         replaced: which z_k are replaced before they are projected and fed.
         values: what stands in their place [problem, k, d_model], k as in `Thoughts.z`; [1, k, d_model] for
             all problems alike.
+        prompted: whether the answer prompt is fed behind <eot>, so that the number is all there is to write.
     """
 
     name: str
     n_thoughts: int | None = None
     replaced: tuple[int, ...] = ()
     values: np.ndarray | None = None
+    prompted: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Answers:
 
     Attributes:
         variants: ways to think, in the order asked.
-        texts: answers without the end token [variant][problem].
+        texts: answers without the end token, and without the prompt if that was fed [variant][problem].
         values: last number of each, NaN without one, float64 [variant, problem].
     """
 
@@ -121,6 +126,10 @@ class Answers:
         The problems' answers give the accuracy; those of the twins, how often a patch carries its own.
         """
         return np.isclose(self.values, np.asarray(wanted, dtype=float), rtol=1e-9, atol=1e-9)
+
+    def with_steps(self) -> np.ndarray:
+        """Whether steps were written before the number, bool [variant, problem]: several numbers in a text."""
+        return np.array([[len(question_numbers(text)) > 1 for text in row] for row in self.texts])
 
 
 @dataclass(frozen=True)
@@ -184,9 +193,10 @@ def answer(
     return _answers(codi, variants, tokens)
 
 
-def early_stops(codi: CodiModel) -> list[Variant]:
-    """<eot> after 0, 1, .. n thoughts."""
-    return [Variant(f"{n} thoughts", n) for n in range(codi.n_thoughts + 1)]
+def early_stops(codi: CodiModel, *, prompted: bool = True) -> list[Variant]:
+    """<eot> after 0, 1, .. n thoughts, then the answer prompt; without it a model may write its steps first,
+    and what is scored is a written chain of thought."""
+    return [Variant(f"{n} thoughts", n, prompted=prompted) for n in range(codi.n_thoughts + 1)]
 
 
 def twin_patches(
@@ -312,7 +322,10 @@ def _run(
             "max_answer": max_answer,
             "keep_z": keep_z,
             "rows": [[used.index(i), ids[problem]] for i, problem in batch],
-            "variants": [[_n_thoughts(codi, variants[i]), list(variants[i].replaced)] for i in used],
+            "variants": [
+                [_n_thoughts(codi, variants[i]), list(variants[i].replaced), variants[i].prompted]
+                for i in used
+            ],
             "values": [_values_of(variants[i], problem) for i, problem in batch],
         }
 
@@ -338,6 +351,8 @@ def _think_batch(
     problems = list(dict.fromkeys(problem for _, problem in batch))
     of_row = torch.tensor([problems.index(problem) for _, problem in batch], device=device)
     last = np.array([_n_thoughts(codi, variants[i]) for i, _ in batch])  # z at which each row stops
+    prompted = np.array([variants[i].prompted for i, _ in batch])
+    prompt = codi.ids(codi.answer_prompt)
     tokens = np.full((len(batch), max_answer), -1)
     zs = np.full((len(batch), (deepest + 1) * keep_z, shape(codi.model).d_model), np.nan, np.float32)
     rows = np.arange(len(batch))  # those that still think
@@ -351,17 +366,23 @@ def _think_batch(
         for k in range(deepest + 1):
             if keep_z:
                 zs[rows, k] = z.float().cpu().numpy()
-            stop = last[rows] == k
-            if stop.any():
+            for fed in (False, True):
+                stop = (last[rows] == k) & (prompted[rows] == fed)
+                if not stop.any():
+                    continue
                 done, left = (torch.from_numpy(np.flatnonzero(w)).to(device) for w in (stop, ~stop))
                 ending = cache if stop.all() else _part(module, cache, done)
-                tokens[rows[stop]] = _write(codi, ending, len(done), max_answer)
-                if stop.all():
+                behind = [codi.eot, *prompt] if fed else [codi.eot]
+                tokens[rows[stop]] = _write(codi, ending, behind, len(done), max_answer)
+                rows = rows[~stop]
+                if not len(rows):
                     break
                 cache.batch_select_indices(left)
-                z, rows = z[left], rows[~stop]
-            fed = codi.projection(_replace(z, variants, [batch[row] for row in rows], k))
-            out = module.base_model(inputs_embeds=fed[:, None], past_key_values=cache, use_cache=True)
+                z = z[left]
+            if not len(rows):
+                break
+            thought = codi.projection(_replace(z, variants, [batch[row] for row in rows], k))
+            out = module.base_model(inputs_embeds=thought[:, None], past_key_values=cache, use_cache=True)
             z = out.last_hidden_state[:, -1]
     return {"tokens": tokens, "z": zs}
 
@@ -377,15 +398,17 @@ def _replace(
     return z
 
 
-def _write(codi: CodiModel, cache: DynamicCache, n_rows: int, max_answer: int) -> np.ndarray:
-    """Read <eot> and write greedily: tokens [row, token], -1 after the end."""
+def _write(
+    codi: CodiModel, cache: DynamicCache, behind: list[int], n_rows: int, max_answer: int
+) -> np.ndarray:
+    """Read what stands behind the thoughts and write greedily: tokens [row, token], -1 after the end."""
     module, ends = codi.model._module, sorted(end_tokens(codi.model))
-    room = shape(codi.model).n_positions - cache.get_seq_length()
+    room = shape(codi.model).n_positions - cache.get_seq_length() - len(behind) + 1
     tokens = np.full((n_rows, max_answer), -1)
     rows = np.arange(n_rows)  # those that are still in the batch
-    chosen = torch.full((n_rows,), codi.eot, device=codi.model.device)
+    read = torch.tensor([behind] * n_rows, device=codi.model.device)
     for step in range(min(max_answer, room)):
-        out = module(input_ids=chosen[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = module(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1].float()
         logits[:, [codi.bot, codi.eot]] = -torch.inf  # answers are text
         chosen = logits.argmax(-1)
@@ -398,6 +421,7 @@ def _write(codi: CodiModel, cache: DynamicCache, n_rows: int, max_answer: int) -
             left = torch.from_numpy(np.flatnonzero(running)).to(chosen.device)
             cache.batch_select_indices(left)
             chosen, rows = chosen[left], rows[running]
+        read = chosen[:, None]
     return tokens
 
 

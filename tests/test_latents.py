@@ -22,7 +22,7 @@ from lib.latents import (
     think,
     twin_patches,
 )
-from lib.problems import carried_answer
+from lib.problems import carried_answer, problems_of
 from lib.record import Cache
 
 N = 6  # thoughts
@@ -54,11 +54,29 @@ def test_no_thoughts_go_from_bot_to_eot(codi, questions):
 
 
 def test_early_stops_equal_runs_of_their_own(codi, questions):
-    together = answer(codi, questions, early_stops(codi), max_answer=8)
-    assert [variant.n_thoughts for variant in together.variants] == list(range(N + 1))
-    for n, texts in enumerate(together.texts):
-        assert texts == plain_texts(codi, questions, n_thoughts=n)
-    assert len({tuple(texts) for texts in together.texts}) > 1
+    stops = [*early_stops(codi, prompted=False), *early_stops(codi)]
+    together = answer(codi, questions, stops, max_answer=8)
+    assert [variant.n_thoughts for variant in together.variants] == 2 * [*range(N + 1)]
+    for n, (free, prompted) in enumerate(zip(together.texts[: N + 1], together.texts[N + 1 :], strict=True)):
+        assert free == plain_texts(codi, questions, n_thoughts=n)
+        assert prompted == plain_texts(codi, questions, n_thoughts=n, prompt=codi.answer_prompt)
+        assert free != prompted
+    assert len({tuple(texts) for texts in together.texts}) > 2
+    np.testing.assert_array_equal(
+        answer(codi, questions, early_stops(codi), max_answer=8).values, together.values[N + 1 :]
+    )
+
+
+def test_a_fed_prompt_leaves_no_room_for_steps():
+    """A model that writes its steps where it has not thought them: its freely written number is theirs."""
+    codi = load_codi("organism/codi-results")
+    problems = [p for p in problems_of(codi.folder) if len(p.equations) == 2][:20]
+    questions, wanted = [p.question for p in problems], [p.answer for p in problems]
+    free = answer(codi, questions, early_stops(codi, prompted=False)[:1])
+    prompted = answer(codi, questions, early_stops(codi)[:1])
+    assert free.equal(wanted).mean() > 0.5 and free.with_steps().mean() > 0.5
+    assert not (free.equal(wanted) & ~free.with_steps()).any()
+    assert prompted.equal(wanted).mean() < 0.1 and not prompted.with_steps().any()
 
 
 def test_an_answer_ends_at_its_end_token_or_the_last_position(codi, questions, thoughts):
@@ -120,6 +138,7 @@ def test_answers_are_compared_as_numbers(thoughts):
 def test_a_cache_holds_every_batch(codi, questions, thoughts, tmp_path, monkeypatch):
     cache = Cache(tmp_path)
     variants = [*mean_ablations(thoughts, [(0,), (1, 2)]), Variant("short", 2)]
+    prompted = replace(variants[-1], prompted=True)
     first = think(codi, questions, cache=cache)
     written = answer(codi, questions, variants, cache=cache)
     monkeypatch.setattr(latents, "_think_batch", None)
@@ -129,6 +148,8 @@ def test_a_cache_holds_every_batch(codi, questions, thoughts, tmp_path, monkeypa
     assert answer(codi, questions, variants, cache=cache).texts == written.texts
     with pytest.raises(TypeError):  # other values are other results
         answer(codi, questions, mean_ablations(replace(first, z=first.z + 1), [(0,)]), cache=cache)
+    with pytest.raises(TypeError):
+        answer(codi, questions, [*variants[:-1], prompted], cache=cache)
     with pytest.raises(TypeError):
         think(codi, questions, 5, cache=cache)
 
@@ -183,6 +204,8 @@ def test_the_longest_question_that_fits(codi):
     longest = think(codi, ["Ann " * 52])
     assert len(codi.ids(longest.answers.texts[0][0])) <= 5  # the positions that were left
     assert np.isfinite(longest.z).all()
+    prompted = answer(codi, ["Ann " * 52], early_stops(codi)[-1:])
+    assert len(codi.ids(prompted.texts[0][0])) <= 1
 
 
 def test_thoughts_of_a_model_without_projection(tmp_path):

@@ -150,8 +150,16 @@ def _random(config: GPT2Config, seed: int) -> PreTrainedModel:
 # -- the same with the bare transformers model, one question at a time -----------------------------
 
 
-def plain_loop(codi, question: str, n_thoughts: int = 6, replaced: dict | None = None, n_tokens: int = 8):
-    """One question, no cache, no batch: z [n + 1, d] before replacement, and greedy tokens."""
+def plain_loop(
+    codi,
+    question: str,
+    n_thoughts: int = 6,
+    replaced: dict | None = None,
+    n_tokens: int = 8,
+    prompt: str = "",
+):
+    """One question, no cache, no batch: z [n + 1, d] before replacement, and greedy tokens behind <eot> and
+    a prompt."""
     module, projection = codi.model._module, codi.projection
     embed = module.transformer.wte
     with torch.no_grad():
@@ -164,7 +172,7 @@ def plain_loop(codi, question: str, n_thoughts: int = 6, replaced: dict | None =
                 if replaced and k in replaced:
                     z = torch.from_numpy(replaced[k])[None, None]
                 stream = torch.cat([stream, projection(z)], dim=1)
-        stream = torch.cat([stream, embed(torch.tensor([[codi.eot]]))], dim=1)
+        stream = torch.cat([stream, embed(torch.tensor([[codi.eot, *codi.ids(prompt)]]))], dim=1)
         tokens = []
         for _ in range(n_tokens):
             logits = module(inputs_embeds=stream, use_cache=False).logits[0, -1]
