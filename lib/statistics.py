@@ -34,14 +34,28 @@ class Band(NamedTuple):
     high: np.ndarray
 
 
-def resamples(n: int, n_resamples: int = 2000, seed: int = 0) -> Iterator[np.ndarray]:
+def resamples(
+    n: int, n_resamples: int = 2000, seed: int = 0, strata: Sequence[Hashable] | None = None
+) -> Iterator[np.ndarray]:
     """Bootstrap resamples of n units: index arrays [n], the same for the same seed.
 
     Statistics that are compared share the seed, which makes the comparison paired.
+
+    Args:
+        strata: kind of each unit [n], of which the sample holds a fixed number: every resample holds as many.
+            Units that are alone of their kind are drawn among one another.
     """
     rng = np.random.default_rng([seed, n])
+    if strata is None:
+        for _ in range(n_resamples):
+            yield rng.integers(0, n, size=n)
+        return
+    groups = _strata(strata, n)
     for _ in range(n_resamples):
-        yield rng.integers(0, n, size=n)
+        rows = np.empty(n, dtype=int)
+        for members in groups:
+            rows[members] = members[rng.integers(0, len(members), size=len(members))]
+        yield rows
 
 
 def bootstrap(
@@ -70,31 +84,70 @@ def bootstrap(
 
 
 def bootstrap_mean(
-    values: np.ndarray, *, n_resamples: int = 2000, level: float = 0.95, seed: int = 0
+    values: np.ndarray,
+    *,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    strata: Sequence[Hashable] | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Estimate:
     """Mean of values [unit] with its percentile bootstrap interval over units.
 
     For a paired difference pass the differences: the interval is then that of the paired bootstrap.
+    Arguments as for `bootstrap_band`.
     """
     values = np.asarray(values, dtype=float)
     if not np.isfinite(values).all():
         bad = (~np.isfinite(values)).sum()
         raise ValueError(f"{bad} of {values.size} values are not finite; leave them out first")
-    band = bootstrap_band(values[:, None], n_resamples=n_resamples, level=level, seed=seed)
+    options = {"n_resamples": n_resamples, "level": level, "seed": seed}
+    band = bootstrap_band(values[:, None], **options, strata=strata, bounds=bounds)
     return Estimate(*(float(curve[0]) for curve in band))
 
 
 def bootstrap_band(
-    values: np.ndarray, *, n_resamples: int = 2000, level: float = 0.95, seed: int = 0
+    values: np.ndarray,
+    *,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    strata: Sequence[Hashable] | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Band:
-    """Mean over units of curves [unit, point], with its pointwise percentile band."""
+    """Mean over units of curves [unit, point], with its pointwise percentile band.
+
+    Args:
+        values: [unit, point].
+        n_resamples, level, seed: of the band.
+        strata: see `resamples`. Where each stratum's values are all equal a bootstrap within them has no
+            width; there units are drawn as if there were none.
+        bounds: (low, high) between which a value can lie. Where all values are equal, no bootstrap has a
+            width; with bounds the interval is then Wilson's: so many units as 0 of n leaves possible may
+            lie at the other end. For a rate of 0 or 1 that is Wilson's own interval.
+
+    Raises:
+        ValueError: a value outside of the bounds, or strata of another number of units.
+    """
     values = np.asarray(values, dtype=float)
-    n = len(values)
-    # A resample's mean is a weighted mean, so all of them are one matrix product.
-    weights = np.stack([np.bincount(rows, minlength=n) for rows in resamples(n, n_resamples, seed)]) / n
-    tail = (1 - level) / 2
-    low, high = np.quantile(weights @ values, [tail, 1 - tail], axis=0)
-    return Band(values.mean(axis=0), low, high)
+    if bounds is not None and not ((values >= bounds[0]) & (values <= bounds[1])).all():
+        raise ValueError(f"values from {values.min():.3g} to {values.max():.3g} are not within {bounds}")
+    n, tail, middle = len(values), (1 - level) / 2, values.mean(axis=0)
+
+    def quantiles(strata: Sequence[Hashable] | None) -> np.ndarray:
+        # A resample's mean is a weighted mean, so all of them are one matrix product.
+        drawn = resamples(n, n_resamples, seed, strata)
+        weights = np.stack([np.bincount(rows, minlength=n) for rows in drawn]) / n
+        return np.quantile(weights @ values, [tail, 1 - tail], axis=0)
+
+    low, high = quantiles(strata)
+    if strata is not None and (flat := high - low < 1e-12).any():
+        low, high = np.where(flat, quantiles(None), (low, high))
+    if bounds is not None and n:
+        alike, most = np.ptp(values, axis=0) == 0, wilson(0, n, level=level).high
+        low = np.where(alike, middle - most * (middle - bounds[0]), low)
+        high = np.where(alike, middle + most * (bounds[1] - middle), high)
+    return Band(middle, low, high)
 
 
 def paired_difference(
@@ -237,6 +290,18 @@ def agreement(
         return Agreement(table, Estimate(1.0, 1.0, 1.0), nan, Estimate(1.0, 1.0, 1.0))
     curves = bootstrap(measures, len(counts), n_resamples=n_resamples, level=level, seed=seed)
     return Agreement(table, *(Estimate(*map(float, measure)) for measure in zip(*curves, strict=True)))
+
+
+def _strata(strata: Sequence[Hashable], n: int) -> list[np.ndarray]:
+    """Units of each stratum; those that are alone in theirs are one."""
+    if len(strata) != n:
+        raise ValueError(f"a stratum for each of {n} units is needed, not {len(strata)}")
+    members: dict[Hashable, list[int]] = {}
+    for unit, stratum in enumerate(strata):
+        members.setdefault(stratum, []).append(unit)
+    several = [np.array(units) for units in members.values() if len(units) > 1]
+    alone = [units[0] for units in members.values() if len(units) == 1]
+    return [*several, np.array(alone)] if alone else several
 
 
 def _cells(a: Sequence[Hashable], b: Sequence[Hashable], labels: Sequence[Hashable]) -> np.ndarray:

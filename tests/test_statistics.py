@@ -236,3 +236,53 @@ def test_known_mean_leaves_out_what_is_missing():
     np.testing.assert_array_equal(known_mean(values, 1), [2.0, np.nan])
     np.testing.assert_array_equal(known_mean(values, 0), [1.0, np.nan, 3.0])
     assert np.isnan(known_mean(values[1]))
+
+
+# --- strata, and samples without spread
+
+
+def test_resamples_within_strata_hold_as_many_of_each():
+    strata = ["a"] * 5 + ["b"] * 3 + ["c", "d"]
+    rows = np.stack(list(resamples(10, 200, strata=strata)))
+    assert (rows[:, :5] < 5).all() and ((rows[:, 5:8] >= 5) & (rows[:, 5:8] < 8)).all()
+    assert {*rows[:, 8:].flatten()} == {8, 9}, "units alone of their kind are drawn among one another"
+    assert np.bincount(rows[:, :5].flatten()).std() < 25, "all alike"
+    again = np.stack(list(resamples(10, 200, strata=strata)))
+    assert (rows == again).all()
+    with pytest.raises(ValueError, match="a stratum for each of 10 units is needed, not 3"):
+        next(resamples(10, 1, strata="abc"))
+
+
+def test_interval_within_strata_is_that_of_the_stratified_mean():
+    """Its standard error leaves out what lies between the strata."""
+    rng = np.random.default_rng(5)
+    strata = np.repeat(np.arange(4), 25)
+    values = 3.0 * strata + rng.normal(size=100)
+    within = bootstrap_mean(values, strata=strata)
+    error = np.sqrt(np.mean([values[strata == s].var() / 25 for s in range(4)]) / 4)
+    assert np.subtract(*within.interval[::-1]) == pytest.approx(2 * 1.96 * error, rel=0.08)
+    across = bootstrap_mean(values)
+    assert across.high - across.low > 3 * (within.high - within.low)
+
+
+def test_strata_that_are_each_constant_are_pooled():
+    values = np.repeat([0.0, 0.0, 1.0], 16)
+    assert bootstrap_mean(values, strata=np.repeat([0, 1, 2], 16)) == bootstrap_mean(values)
+
+
+@pytest.mark.parametrize(("value", "n"), [(0.0, 112), (1.0, 112), (1.0, 7)])
+def test_rate_of_none_or_all_has_wilsons_interval(value, n):
+    ours = bootstrap_mean(np.full(n, value), bounds=(0, 1), strata=np.arange(n) % 3)
+    assert ours == pytest.approx(wilson(int(value * n), n))
+    assert bootstrap_mean(np.full(n, value)).interval == pytest.approx((value, value))
+
+
+def test_constant_difference_may_lie_either_way():
+    ours, share = bootstrap_mean(np.zeros(50), bounds=(-1, 1)), wilson(0, 50).high
+    assert ours == pytest.approx((0, -share, share))
+    mixed = np.stack([np.zeros(50), np.arange(50) % 2], axis=1)
+    band = bootstrap_band(mixed, bounds=(0, 1))
+    assert (band.low[0], band.high[0]) == pytest.approx((0, share))
+    assert band.high[1] == bootstrap_band(mixed).high[1], "what has a spread keeps its bootstrap"
+    with pytest.raises(ValueError, match="values from 0 to 1 are not within"):
+        bootstrap_band(mixed, bounds=(0, 0.5))
