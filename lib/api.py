@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lib.kernel import PlainError
+
 DEEPSEEK = "https://api.deepseek.com"
 
 _REMEDIES = {
@@ -22,7 +24,7 @@ _REMEDIES = {
 }
 
 
-class ApiError(RuntimeError):
+class ApiError(PlainError, RuntimeError):
     """No question can be answered until a person acts; the message says how."""
 
 

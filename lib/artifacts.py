@@ -31,6 +31,7 @@ import numpy as np
 
 from lib import geometry, registry, statistics
 from lib.claims import Claim
+from lib.kernel import PlainError
 from lib.record import Metric
 from lib.walks import Graph, other_nodes
 
@@ -64,7 +65,7 @@ _ATTENTION = {"spectra", "spectrum", "previous_token", "induction", "anti_induct
 _DISPLACED = (24, 40)  # offsets about an induction head's 31 on 32 tokens repeated once
 
 
-class ArtifactError(ValueError):
+class ArtifactError(PlainError, ValueError):
     """A file that does not hold what it should; the message names file, array and remedy."""
 
 

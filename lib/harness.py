@@ -25,6 +25,7 @@ from nnsight import TransformersModel
 
 from lib import language
 from lib.generation import chat_ids
+from lib.kernel import PlainError
 from lib.prompts import PromptSet
 from lib.refusal import orthogonalized
 
@@ -39,7 +40,7 @@ _FIELDS = {
 }
 
 
-class HarnessError(RuntimeError):
+class HarnessError(PlainError, RuntimeError):
     """A benchmark that cannot be run; the message names culprit and remedy."""
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib.api import Endpoint, NoReply
+from lib.kernel import PlainError
 from lib.language import grade
 from lib.progress import counting
 
@@ -59,7 +60,7 @@ def _is_grade(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value in GRADES
 
 
-class JudgeError(RuntimeError):
+class JudgeError(PlainError, RuntimeError):
     """Too few verdicts are valid for a rate."""
 
 

@@ -86,7 +86,7 @@ class Record(BaseModel):
     peak_memory_mb: float
 
 
-class RecordError(ValueError):
+class RecordError(kernel.PlainError, ValueError):
     """A record.json that is missing, broken, or not of the files beside it."""
 
 

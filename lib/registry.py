@@ -30,6 +30,7 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from lib import ROOT
+from lib.kernel import PlainError
 
 REGISTRY = ROOT / "data" / "models.yaml"
 PUBLISHED = ROOT / "data" / "published.json"
@@ -39,7 +40,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _HEAD_TIMEOUT = 10  # seconds for one request to the hub
 
 
-class RegistryError(ValueError):
+class RegistryError(PlainError, ValueError):
     """A model that is not registered, or whose weights can not be had; the message says what to do."""
 
 

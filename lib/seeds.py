@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 from lib import ROOT
 from lib.claims import number
+from lib.kernel import PlainError
 
 SHIPPED = ROOT / "sweeps" / "seeds" / "between_seeds.csv"
 
 
-class SeedsError(ValueError):
+class SeedsError(PlainError, ValueError):
     """The numbers between seeds can not be read, or do not cover the study."""
 
 

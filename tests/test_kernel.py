@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -12,6 +13,9 @@ from jupyter_client.manager import start_new_kernel
 from tiny import save_tiny
 
 from lib import ROOT
+from lib.api import NoReply
+from lib.kernel import PlainError
+from lib.record import RecordError
 
 SETUP = """from lib.parameters import InductionAblation
 from lib.record import Study
@@ -171,3 +175,17 @@ def test_file_that_can_not_be_imported_is_named_and_the_old_code_stays(kernel):
     kernel.edit("statistics", "import numpy as np\ndef broken(:\n", "import numpy as np\n")
     kernel.run(SETUP)
     assert kernel.status == "ok" and kernel.run(NUMBER) == before
+
+
+def test_every_error_of_lib_is_shown_without_a_traceback():
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "lib").rglob("*.py")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    found = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == module.__name__
+    }
+    found -= {NoReply}  # which no one sees: the judge counts it
+    assert RecordError in found and len(found) > 10
+    assert [error for error in found if not issubclass(error, PlainError)] == []
