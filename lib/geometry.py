@@ -343,6 +343,51 @@ def fit_mixing(points: np.ndarray, graph: Graph) -> MixingFit:
     return MixingFit(*map(float, weights), float(1 - left), predicted_energy(gram, graph, k=2))
 
 
+class MapAlignment(NamedTuple):
+    """What a linear map W does to vectors x, on average over a cloud of them (`map_alignment`)."""
+
+    size: float  # |W x| / |x|, root mean square
+    alignment: float  # cosine of W x and x: 1 copies, 0 writes elsewhere, -1 returns the negative
+    chance: float  # standard deviation of the alignment of Q W, Q a random rotation; its mean is 0
+
+
+def map_alignment(ov: np.ndarray, points: np.ndarray | None = None) -> MapAlignment:
+    """Size and alignment of a map W [d, d] on points [node, d], or on isotropic vectors (None).
+
+    With C the covariance of the points (I for None), size^2 = tr(W C W^T) / tr C and
+    alignment = tr(W C) / sqrt(tr(W C W^T) tr C). Of points that are dealt to the nodes of a graph at
+    random, `map_gram` with trace = size * alignment and squared_norm = size^2 is the expected Gram
+    matrix, in units of their variance. QW reads as W does and writes as much, in other directions;
+    tr(Q W C) has variance |W C|_F^2 / d, which makes `chance` 1 / d for isotropic vectors.
+    """
+    root = _covariance_root(ov, points)
+    through, norm = ov @ root, np.linalg.norm(ov @ root) * np.linalg.norm(root)
+    chance = np.linalg.norm(through @ root.T) / np.sqrt(len(ov))
+    size = np.linalg.norm(through) / np.linalg.norm(root)
+    return MapAlignment(float(size), float((through * root).sum() / norm), float(chance / norm))
+
+
+def ideal_copier(ov: np.ndarray, points: np.ndarray | None = None) -> np.ndarray:
+    """The map of this one's rank and size that copies best: none of that rank has a higher alignment.
+
+    A multiple of the projection onto the leading principal directions of the points [node, d], as many as
+    ov [d, d] has ranks (Eckart and Young 1936); for isotropic vectors (None) any directions serve, and the
+    first coordinates are taken. Its alignment is the root of the share of variance in those directions.
+    """
+    root, rank = _covariance_root(ov, points), np.linalg.matrix_rank(ov)
+    directions = root if points is None else np.linalg.svd(root, full_matrices=False)[0]
+    copier = directions[:, :rank] @ directions[:, :rank].T
+    return copier * (np.linalg.norm(ov @ root) / np.linalg.norm(copier @ root))
+
+
+def _covariance_root(ov: np.ndarray, points: np.ndarray | None) -> np.ndarray:
+    """[d, d] or [d, node] R with R R^T the covariance, up to a factor."""
+    root = np.eye(len(ov)) if points is None else (points - points.mean(axis=0)).T
+    if not np.any(ov @ root):
+        raise ValueError("the map returns 0 for all of these vectors: its alignment is not defined")
+    return root
+
+
 def harmonics(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Principal components that a Gram matrix implies: eigenvalues [node] falling, vectors [node, node].
 
