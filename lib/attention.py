@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lib.batches import Batches
-from lib.models import TransformersModel, eager_attention
+from lib.models import TransformersModel, check_length, eager_attention
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ def attention_spectra(
         from t to t - k.
 
     Raises:
+        ValueError: no sequence, or sequences of more tokens than the model has positions.
         RuntimeError: the model returned no attention probabilities.
     """
+    _check_ids(model, ids)
 
     def run(rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
@@ -150,6 +152,7 @@ def second_copy_loss(
         return losses
 
     ids = _repeated(tokens, n_sequences, period, seed, bos)
+    _check_ids(model, ids)
     return torch.cat(list(Batches(batch_size).map(run, ids))).mean().item()
 
 
@@ -158,9 +161,21 @@ def top_heads(scores: np.ndarray, k: int | None = None) -> list[tuple[int, int]]
 
     Scores that agree to three decimals are ties, ordered by layer, then head: ranks do not hang on the last
     bits, which differ between machines.
+
+    Raises:
+        ValueError: a score that is NaN, which has no rank.
     """
+    if np.isnan(scores).any():
+        layer, head = np.argwhere(np.isnan(scores))[0]
+        raise ValueError(f"the score of head {layer}.{head} is NaN: it has no rank")
     order = np.argsort(-np.round(scores, 3), axis=None, kind="stable")[:k]
     return [(int(i // scores.shape[1]), int(i % scores.shape[1])) for i in order]
+
+
+def _check_ids(model: TransformersModel, ids: torch.Tensor) -> None:
+    if not ids.numel():
+        raise ValueError(f"ids must be [sequence, token] with a token at least, not {tuple(ids.shape)}")
+    check_length(model, ids.shape[1], "take shorter sequences (a smaller period)")
 
 
 def _repeated(

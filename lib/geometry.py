@@ -38,19 +38,34 @@ class ClassSums:
     Args:
         n_nodes: number of classes.
 
+    Attributes:
+        sums: [..., node, d] after the first batch.
+        counts: activations in them, int [node].
+
     `add` any number of batches, then `means()`; the result equals `class_means` of all of them.
     """
 
     def __init__(self, n_nodes: int):
-        self.counts = np.zeros(n_nodes, dtype=np.int64)  # [node]
-        self.sums: np.ndarray | float = 0.0  # [..., node, d] after the first batch
+        self.counts = np.zeros(n_nodes, dtype=np.int64)
+        self.sums: np.ndarray | float = 0.0
 
     def add(self, stream: np.ndarray, nodes: np.ndarray) -> ClassSums:
-        """Accumulate activations [..., walk, token, d] at nodes int [walk, token]."""
+        """Accumulate activations [..., walk, token, d] at nodes int [walk, token]; -1 is counted nowhere.
+
+        Raises:
+            ValueError: shapes that disagree, another node, activations that are not finite. One would make
+                every sum NaN, as 0 * NaN is.
+        """
         stream, nodes = np.asarray(stream), np.asarray(nodes)
         if stream.shape[-3:-1] != nodes.shape:
             raise ValueError(f"stream must be [..., walk, token, d] with [walk, token] = {nodes.shape}, "
                              f"not {stream.shape}")
+        strange = nodes[(nodes < -1) | (nodes >= len(self.counts))]
+        if len(strange):
+            raise ValueError(f"node {strange[0]} is none of the {len(self.counts)} nodes, nor -1 for none")
+        if not np.isfinite(stream).all():
+            raise ValueError(f"activations overflowed: some of these {stream.dtype} values are NaN or "
+                             "infinite; load the model with dtype 'bfloat16' or 'float32'")
         one_hot = np.arange(len(self.counts))[:, None] == nodes.reshape(1, -1)  # [node, walk * token]
         flat = stream.reshape(*stream.shape[:-3], -1, stream.shape[-1]).astype(np.float64)
         self.sums = self.sums + one_hot.astype(np.float64) @ flat
@@ -59,8 +74,12 @@ class ClassSums:
 
     def means(self) -> np.ndarray:
         """[..., node, d]; NaN for a word that was never seen."""
-        seen = np.where(self.counts > 0, self.counts, np.nan)
-        return self.sums / seen[:, None]
+        return means_of(self.sums, self.counts)
+
+
+def means_of(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Class means [..., class, d] of sums [..., class, d] and counts [..., class]; NaN where a count is 0."""
+    return sums / np.where(counts > 0, counts, np.nan)[..., None]
 
 
 def class_means(stream: np.ndarray, nodes: np.ndarray, n_nodes: int) -> np.ndarray:
@@ -69,10 +88,13 @@ def class_means(stream: np.ndarray, nodes: np.ndarray, n_nodes: int) -> np.ndarr
     Args:
         stream: [..., walk, token, d] activations, such as the residual stream at one layer. Leading
             axes (layers, conditions) are kept.
-        nodes: int [walk, token], the word at each position.
+        nodes: int [walk, token], the word at each position, -1 for none.
 
     Returns:
         [..., node, d] float64; a word that never occurs is a row of NaN, not of zeros.
+
+    Raises:
+        ValueError: see `ClassSums.add`.
     """
     return ClassSums(n_nodes).add(stream, nodes).means()
 
@@ -93,7 +115,7 @@ def pca(points: np.ndarray, k: int = 2) -> PCA:
     u, s, vt = np.linalg.svd(centred, full_matrices=False)
     if k > len(s):
         raise ValueError(f"k={k} components asked of points with {points.shape[1]} dimensions; lower k")
-    if s[0] == 0:
+    if s[0] <= 1e-9 * np.linalg.norm(points[present]):  # rounding leaves 1e-16 of equal points
         raise ValueError("all class means coincide: there is no direction of variance to show")
     scores = u[:, :k] * s[:k]
     sign = np.sign(scores[np.abs(scores).argmax(axis=0), np.arange(k)])
@@ -114,7 +136,7 @@ def dirichlet_energy(points: np.ndarray, graph: Graph) -> float:
     points, adjacency, _ = _present_part(points, graph)
     centred = points - points.mean(axis=0)
     variance = (centred**2).sum()
-    if variance == 0:
+    if variance <= (1e-9 * np.linalg.norm(points)) ** 2:
         raise ValueError("all points coincide: the Dirichlet energy is not defined")
     i, j = np.nonzero(np.triu(adjacency))
     return float(((points[i] - points[j]) ** 2).sum() / variance)
@@ -210,23 +232,29 @@ def permutation_p_value(observed: float, null: np.ndarray, tail: str) -> float:
 
     Args:
         tail: "lower" counts null values <= observed (energies, distances), "upper" those >=.
+
+    Raises:
+        ValueError: another tail; a NaN, which is neither below nor above anything and would pass for rare.
     """
     if tail not in ("lower", "upper"):
         raise ValueError(f"tail must be 'lower' or 'upper', not {tail!r}")
     null = np.asarray(null)
+    if np.isnan(observed) or np.isnan(null).any():
+        raise ValueError(f"a NaN has no p-value: observed {observed}, {np.isnan(null).sum()} NaN among "
+                         f"{len(null)} null values")
     count = (null <= observed).sum() if tail == "lower" else (null >= observed).sum()
     return float((1 + count) / (1 + len(null)))
 
 
 def participation_ratio(singular_values: np.ndarray) -> float:
     """(sum s^2)^2 / sum s^4: how many directions share the variance, 1 to their number."""
-    variance = np.asarray(singular_values, dtype=np.float64) ** 2
+    variance = _singular_values(singular_values) ** 2
     return float(variance.sum() ** 2 / (variance**2).sum())
 
 
 def effective_rank(singular_values: np.ndarray) -> float:
     """exp of the entropy of s / sum s (Roy & Vetterli 2007), 1 to their number."""
-    share = np.asarray(singular_values, dtype=np.float64)
+    share = _singular_values(singular_values)
     share = share[share > 0] / share.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 
@@ -443,6 +471,13 @@ def _first_order_energy(
     energy = top @ rough / top.sum()
     # A sample variance has variance 2 l^2 / d, which shifts the mean of the ratio.
     return float(energy + 2 / d * (top**2 @ (energy - rough)) / top.sum() ** 2)
+
+
+def _singular_values(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        raise ValueError(f"singular values must be finite, none negative and not all 0, not {values}")
+    return values
 
 
 def _present(points: np.ndarray, at_least: int = 2) -> np.ndarray:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from lib.batches import Batches, auto_batch_size
-from lib.models import ModelShape, TransformersModel, is_remote, provenance, shape
+from lib.geometry import means_of
+from lib.models import ModelShape, TransformersModel, check_head, check_length, is_remote, provenance, shape
 from lib.progress import counting
 from lib.record import Cache
 
@@ -56,7 +57,8 @@ class Sweep:
         class_sums: residual stream at the input of the read layer, summed over the window's
             tokens of each class, float32 [condition, sequence, class, d_model].
         class_counts: number of those tokens [sequence, class].
-        work: share of the blocks' forwards that was run; the rest was shared between conditions.
+        work: share of the blocks' forwards that was run, the rest was shared between conditions; NaN of a
+            selection, which was not run by itself.
     """
 
     conditions: tuple[Condition, ...]
@@ -77,6 +79,7 @@ class Sweep:
             conditions=tuple(self.conditions[i] for i in rows),
             word_probabilities=self.word_probabilities[rows],
             class_sums=self.class_sums[rows],
+            work=float("nan"),
         )
 
     def class_means(self, sequences: np.ndarray | None = None) -> np.ndarray:
@@ -86,9 +89,8 @@ class Sweep:
             sequences: indices to average over, with repetitions for a bootstrap; all by default.
         """
         rows = slice(None) if sequences is None else sequences
-        counts = self.class_counts[rows].sum(0)
         sums = self.class_sums[:, rows].astype(np.float64).sum(1)
-        return sums / np.where(counts > 0, counts, np.nan)[None, :, None]
+        return means_of(sums, self.class_counts[rows].sum(0))
 
 
 def ablate_heads(block, ablated: torch.Tensor, fill: torch.Tensor | None = None) -> None:
@@ -119,8 +121,12 @@ def mean_head_outputs(
 
     Returns:
         [layer, head, d_head], float32.
+
+    Raises:
+        ValueError: no sequence, no token behind the prefix, or more tokens than the model has positions.
     """
     n_heads = shape(model).n_heads
+    _check_sequences(model, ids, n_prefix)
 
     def run(rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), model.trace(rows.to(model.device), use_cache=False) as tracer:
@@ -166,13 +172,18 @@ def ablation_conditions(
         seed: of the draws.
 
     Raises:
-        ValueError: more heads than the model has, or than are left for a control.
+        ValueError: no size, more heads than the model or a list has, or than are left for a control.
     """
+    if not len(k_values):
+        raise ValueError("k_values is empty: give at least one number of heads to ablate")
     k_max = max(k_values)
     if k_max > n_layers * n_heads:
         raise ValueError(
             f"k_values: {k_max} heads to ablate, and the model has {n_layers * n_heads}; lower k_values"
         )
+    for name, heads in ranked.items():
+        if len(heads) < k_max:
+            raise ValueError(f"k_values: {k_max} heads to ablate, and the list {name!r} ranks {len(heads)}")
     listed = {head for heads in ranked.values() for head in heads[:k_max]}
     pool = [
         (layer, head) for layer in range(n_layers) for head in range(n_heads) if (layer, head) not in listed
@@ -206,7 +217,7 @@ def layer_class_sums(
     *,
     n_prefix: int = 1,
     batch_size: int = 0,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Class sums of the residual stream at every layer, of the unablated model.
 
     Args:
@@ -218,10 +229,16 @@ def layer_class_sums(
         batch_size: sequences a forward; 0 chooses by memory.
 
     Returns:
-        [layer, sequence, class, d_model] float32; layer i is the input of block i, the last entry the
-        output of the last block.
+        The sums, float32 [layer, sequence, class, d_model]: layer i is the input of block i, the last entry
+        the output of the last block. And the numbers of tokens in them, int [sequence, class]. Means over any
+        of the sequences: `lib.geometry.means_of`.
+
+    Raises:
+        ValueError: labels that do not fit the sequences or the classes, sequences that the model cannot
+            take, activations that are not finite.
     """
-    check_length(model, ids.shape[1])
+    _check_sequences(model, ids, n_prefix)
+    _check_labels(labels, ids, n_prefix, n_classes)
     sizes, groups = shape(model), torch.from_numpy(labels)
     # Batches are written where they belong: to join them at the end would take the memory twice.
     found = torch.empty(sizes.n_layers + 1, len(ids), n_classes, sizes.d_model)
@@ -238,14 +255,23 @@ def layer_class_sums(
 
     for _ in Batches(batch_size or auto_batch_size(model, ids.shape[1])).map(run, range(len(ids))):
         pass
-    return found.numpy()
+    return found.numpy(), _class_counts(labels, n_classes)
 
 
 def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     """Sums of activations by class [batch, class, d] of stream [batch, token, d] and labels [batch, token].
 
     A label of -1 is counted nowhere. Works inside a trace.
+
+    Raises:
+        ValueError: activations that are not finite. One would make every sum NaN, as 0 * NaN is.
     """
+    # The extremes are finite only if every entry is: no mask as large as the stream.
+    if stream.numel() and not torch.stack(stream.detach().aminmax()).isfinite().all():
+        raise ValueError(
+            f"activations overflowed in {str(stream.dtype).removeprefix('torch.')}: some are NaN or "
+            "infinite; load the model with dtype 'bfloat16' or 'float32'"
+        )
     one_hot = labels.to(stream.device)[:, None] == torch.arange(n_classes, device=stream.device)[:, None]
     with torch.autocast(stream.device.type, enabled=False):  # NDIF's would sum in bfloat16
         return one_hot.float() @ stream.detach().float()
@@ -320,25 +346,33 @@ def ablation_sweep(
         Sweep.
 
     Raises:
-        ValueError: a head, layer or sequence that the model does not have, naming it.
+        ValueError: a head, layer, word or sequence that the model does not have, labels or a fill of another
+            shape, no condition, activations that are not finite; naming it.
     """
     sizes = shape(model)
-    _check_heads(conditions, sizes.n_layers, sizes.n_heads)
-    check_length(model, ids.shape[1])
-    if not 0 <= layer < sizes.n_layers:
-        raise ValueError(f"layer {layer}: the model has layers 0 to {sizes.n_layers - 1}")
-
+    _check_sweep(model, ids, conditions, word_ids, labels, n_classes, layer, fill, n_prefix)
     unique, masks = distinct_heads(conditions, sizes)
     # Streams that one trace of a remote model keeps for another would travel twice.
     plan = SweepPlan(masks, shared=not is_remote(model))
     rows_per_batch = batch_size or auto_batch_size(model, ids.shape[1])
     reader = SweepReader(
-        model, ids, word_ids, torch.from_numpy(labels), n_classes, layer, n_prefix, fill, plan, rows_per_batch
+        model,
+        ids,
+        word_ids=torch.as_tensor(list(word_ids)),
+        labels=torch.from_numpy(labels),
+        n_classes=n_classes,
+        layer=layer,
+        n_prefix=n_prefix,
+        fill=fill,
+        plan=plan,
+        batch_size=rows_per_batch,
     )
     key = {
         "model": provenance(model),
         "ids": ids.numpy(),
         "labels": labels,
+        "n_classes": n_classes,
+        "n_prefix": n_prefix,
         "word_ids": [int(word) for word in word_ids],
         "layer": layer,
         "fill": "zero" if fill is None else fill.numpy(),
@@ -368,18 +402,8 @@ def ablation_sweep(
                 reader.release(batch)
                 count(len(batch))
 
-    counts = (labels[..., None] == np.arange(n_classes)).sum(1)
     work = sum(sizes.n_layers - start for start in plan.starts) / (sizes.n_layers * n)
-    return Sweep(tuple(conditions), probabilities[:n], sums[:n], counts, work)
-
-
-def check_length(model: TransformersModel, length: int) -> None:
-    """Raise ValueError if sequences of `length` tokens are longer than the model's positions."""
-    limit = shape(model).n_positions
-    if length > limit:
-        raise ValueError(
-            f"{length} tokens (BOS included) are more than the {limit} positions of this model; lower seq_len"
-        )
+    return Sweep(tuple(conditions), probabilities[:n], sums[:n], _class_counts(labels, n_classes), work)
 
 
 # -- how a sweep is run; `lib.memory` rehearses it -------------------------------------------------
@@ -439,13 +463,32 @@ class SweepPlan:
 
 
 class SweepReader:
-    """Runs batches of (condition, sequence) rows, and keeps the streams that later rows start from."""
+    """Runs batches of (condition, sequence) rows, and keeps the streams that later rows start from.
+
+    Args:
+        model, ids, n_classes, layer, n_prefix, fill: of `ablation_sweep`.
+        word_ids: int [word].
+        labels: int [sequence, token].
+        plan: which condition goes on from which.
+        batch_size: rows a forward at most.
+    """
 
     def __init__(
-        self, model, ids, word_ids, labels, n_classes, layer, n_prefix, fill, plan: SweepPlan, batch_size: int
+        self,
+        model: TransformersModel,
+        ids: torch.Tensor,
+        *,
+        word_ids: torch.Tensor,
+        labels: torch.Tensor,
+        n_classes: int,
+        layer: int,
+        n_prefix: int,
+        fill: torch.Tensor | None,
+        plan: SweepPlan,
+        batch_size: int,
     ):
         self.model, self.ids, self.layer, self.n_prefix = model, ids, layer, n_prefix
-        self.word_ids, self.labels, self.n_classes = torch.as_tensor(list(word_ids)), labels, n_classes
+        self.word_ids, self.labels, self.n_classes = word_ids, labels, n_classes
         self.fill, self.plan, self.batches = fill, plan, Batches(batch_size)
 
     def begin(self, batches: list[list[tuple[int, int]]]) -> None:
@@ -523,14 +566,62 @@ class SweepReader:
         return self.streams[origin]
 
 
-def _check_heads(conditions: Sequence[Condition], n_layers: int, n_heads: int) -> None:
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def _check_sweep(
+    model: TransformersModel,
+    ids: torch.Tensor,
+    conditions: Sequence[Condition],
+    word_ids: Sequence[int],
+    labels: np.ndarray,
+    n_classes: int,
+    layer: int,
+    fill: torch.Tensor | None,
+    n_prefix: int,
+) -> None:
+    """Everything about a sweep that can be wrong before its first forward."""
+    sizes = shape(model)
+    if not len(conditions):
+        raise ValueError("no condition to run; give at least Condition('baseline')")
     for condition in conditions:
-        for layer, head in condition.heads:
-            if not (0 <= layer < n_layers and 0 <= head < n_heads):
-                raise ValueError(
-                    f"condition {condition.name!r} ablates head {layer}.{head}; the model has layers 0 to "
-                    f"{n_layers - 1} with heads 0 to {n_heads - 1}"
-                )
+        for head in sorted(condition.heads):
+            check_head(sizes, *head, f"condition {condition.name!r} ablates ")
+    if not 0 <= layer < sizes.n_layers:
+        raise ValueError(f"layer {layer}: the model has layers 0 to {sizes.n_layers - 1}")
+    _check_sequences(model, ids, n_prefix)
+    _check_labels(labels, ids, n_prefix, n_classes)
+    if not len(word_ids):
+        raise ValueError("word_ids is empty: give the tokens whose probability is wanted")
+    for name, tokens in (("word_ids", torch.as_tensor(list(word_ids))), ("ids", ids)):
+        strange = tokens[(tokens < 0) | (tokens >= sizes.n_vocabulary)]
+        if len(strange):
+            raise ValueError(f"{name}: {strange[0]} is none of the {sizes.n_vocabulary} tokens of this model")
+    of_heads = (sizes.n_layers, sizes.n_heads, sizes.d_head)
+    if fill is not None and tuple(fill.shape) != of_heads:
+        raise ValueError(f"fill must be [layer, head, d_head] = {of_heads}, not {tuple(fill.shape)}")
+
+
+def _check_sequences(model: TransformersModel, ids: torch.Tensor, n_prefix: int) -> None:
+    if ids.ndim != 2 or not len(ids):
+        raise ValueError(f"ids must be [sequence, token] with a sequence at least, not {tuple(ids.shape)}")
+    if not 0 <= n_prefix < ids.shape[1]:
+        raise ValueError(f"n_prefix {n_prefix} leaves nothing of sequences of {ids.shape[1]} tokens")
+    check_length(model, ids.shape[1])
+
+
+def _check_labels(labels: np.ndarray, ids: torch.Tensor, n_prefix: int, n_classes: int) -> None:
+    expected = (len(ids), ids.shape[1] - n_prefix)
+    if labels.shape != expected:
+        raise ValueError(f"labels must be [sequence, token behind prefix] = {expected}, not {labels.shape}")
+    strange = labels[(labels < -1) | (labels >= n_classes)]
+    if len(strange):
+        raise ValueError(f"labels: {strange[0]} is none of the {n_classes} classes, nor -1 for none")
+
+
+def _class_counts(labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Number of tokens of each class [sequence, class]."""
+    return (labels[..., None] == np.arange(n_classes)).sum(1)
 
 
 def _of_layer(heads: list[Head], layer: int) -> list[Head]:

@@ -279,14 +279,14 @@ def _sweep(
         reader = interventions.SweepReader(
             rehearsal.model,
             torch.zeros(n, length, dtype=torch.long),
-            range(n_words),
-            torch.zeros(n, length - 1, dtype=torch.long),
-            n_words,
-            layer,
-            1,
-            fill,
-            interventions.SweepPlan(masks),
-            n,
+            word_ids=torch.arange(n_words),
+            labels=torch.zeros(n, length - 1, dtype=torch.long),
+            n_classes=n_words,
+            layer=layer,
+            n_prefix=1,
+            fill=fill,
+            plan=interventions.SweepPlan(masks),
+            batch_size=n,
         )
         reader.begin([batch])
         return rehearsal.peak(lambda _: reader.run(batch))

@@ -243,6 +243,24 @@ def shape(model: TransformersModel) -> ModelShape:
     )
 
 
+def check_length(model: TransformersModel, length: int, remedy: str = "lower seq_len") -> None:
+    """Raise ValueError if sequences of `length` tokens are longer than the model's positions."""
+    limit = shape(model).n_positions
+    if length > limit:
+        raise ValueError(
+            f"{length} tokens (BOS included) are more than the {limit} positions of this model; {remedy}"
+        )
+
+
+def check_head(sizes: ModelShape, layer: int, head: int, subject: str = "") -> None:
+    """Raise ModelError if a model of these sizes has no such head; `subject` says who asks for it."""
+    if not (0 <= layer < sizes.n_layers and 0 <= head < sizes.n_heads):
+        raise ModelError(
+            f"{subject}head {layer}.{head}; the model has layers 0 to {sizes.n_layers - 1} with heads 0 to "
+            f"{sizes.n_heads - 1}"
+        )
+
+
 @contextmanager
 def eager_attention(model: TransformersModel) -> Iterator[None]:
     """Within the block the model computes attention probabilities that a trace can read.
@@ -271,13 +289,14 @@ def ov_matrix(model: TransformersModel, layer: int, head: int) -> torch.Tensor:
         Biases and the gain of the layer norm before it are not included.
 
     Raises:
-        ModelError: a remote model, whose weights are not here.
+        ModelError: a head that the model does not have; a remote model, whose weights are not here.
     """
     if is_remote(model):
         raise ModelError(
             "the OV circuit is made of weights, and those of a remote model are on NDIF; load it here"
         )
     sizes = shape(model)
+    check_head(sizes, layer, head, "the OV circuit of ")
     attention = model._module.get_submodule(model.layers[layer].self_attn.path.removeprefix("model."))
     d_head, group = sizes.d_head, sizes.n_heads // sizes.n_key_value_heads
     rows = slice(head // group * d_head, (head // group + 1) * d_head)

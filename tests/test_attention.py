@@ -147,6 +147,17 @@ def test_second_copy_loss_equals_a_loop_over_positions(family, bos, tmp_path):
     assert len(losses) == 5 * (PERIOD - 1) and loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+def test_stimulus_that_the_model_cannot_take_is_named(tmp_path):
+    model = load(str(save_tiny("llama", tmp_path / "llama")))
+    for score in (head_scores, second_copy_loss):
+        with pytest.raises(ValueError, match="97 tokens .* more than the 96 positions .*smaller period"):
+            score(model, range(2, 30), n_sequences=1, period=48, bos=0)
+        with pytest.raises(ValueError, match="with a token at least"):
+            score(model, range(2, 30), n_sequences=0)
+    with pytest.raises(ValueError, match="with a token at least"):
+        attention_spectra(model, torch.zeros(0, 5, dtype=torch.long))
+
+
 def test_second_copy_loss_of_a_uniform_guess_and_of_a_copier(tmp_path):
     model = load(str(save_tiny("llama", tmp_path / "llama")))
     model._module.lm_head.weight.zero_()
@@ -167,3 +178,8 @@ def test_top_heads_are_ordered_and_ties_are_stable():
     scores = np.array([[0.1, 0.9], [0.9, 0.5]])
     assert top_heads(scores) == [(0, 1), (1, 0), (1, 1), (0, 0)]
     assert top_heads(scores, 2) == [(0, 1), (1, 0)]
+    # The last bits, which differ between machines, make no rank.
+    noise = 1e-5 * np.arange(40).reshape(5, 8)
+    assert top_heads(0.7 + noise) == [(layer, head) for layer in range(5) for head in range(8)]
+    with pytest.raises(ValueError, match="score of head 1.0 is NaN"):
+        top_heads(np.array([[0.1, 0.2], [np.nan, 0.3]]))

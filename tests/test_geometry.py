@@ -77,6 +77,23 @@ def test_streamed_sums_equal_one_pass():
     assert sums.counts.sum() == 60
 
 
+def test_nodes_of_minus_one_are_counted_nowhere_and_others_are_errors():
+    stream, nodes = cloud(6, 4).reshape(1, 6, 4), np.array([[0, 1, -1, 1, 0, -1]])
+    sums = ClassSums(3).add(stream, nodes)
+    assert sums.counts.tolist() == [2, 2, 0] and np.allclose(sums.means()[1], stream[0, [1, 3]].mean(0))
+    for strange in (3, -2):
+        with pytest.raises(ValueError, match=f"node {strange} is none of the 3 nodes, nor -1 for none"):
+            class_means(stream, np.where(nodes == 1, strange, nodes), 3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_activation_that_is_not_finite_is_named_and_does_not_wipe_all_means(value):
+    stream = cloud(6, 4).reshape(1, 6, 4).astype(np.float16)
+    stream[0, 2, 1] = value
+    with pytest.raises(ValueError, match="overflowed: some of these float16 values .*'bfloat16'"):
+        class_means(stream, np.zeros((1, 6), dtype=int), 2)
+
+
 def test_stream_and_nodes_must_agree():
     with pytest.raises(ValueError, match=r"\[walk, token\] = \(2, 5\), not \(2, 4, 3\)"):
         class_means(np.zeros((2, 4, 3)), np.zeros((2, 5), dtype=int), 5)
@@ -188,6 +205,9 @@ def test_shuffled_null_is_exact_for_noise_and_finds_a_planted_grid():
     assert permutation_p_value(2.0, np.array([1.0, 2.0, 3.0]), "upper") == 3 / 4
     with pytest.raises(ValueError, match="'lower' or 'upper', not 'less'"):
         permutation_p_value(2.0, null, "less")
+    for observed, values in ((np.nan, null), (2.0, np.full(9, np.nan))):  # no NaN is rare for being a NaN
+        with pytest.raises(ValueError, match="a NaN has no p-value"):
+            permutation_p_value(observed, values, "lower")
 
 
 def test_shuffled_null_keeps_absent_words_absent():
@@ -203,6 +223,10 @@ def test_ranks_of_flat_and_planted_spectra():
     assert participation_ratio([3, 0, 0]) == pytest.approx(1) == effective_rank([3, 0, 0])
     assert participation_ratio([2, 1]) == pytest.approx(25 / 17)
     assert effective_rank([2, 1]) == pytest.approx(3 / 4 ** (1 / 3))
+    for values in (np.zeros(5), [1, np.nan], [1, np.inf], [1, -1, 2]):
+        for rank in (participation_ratio, effective_rank):
+            with pytest.raises(ValueError, match="finite, none negative and not all 0"):
+                rank(values)
 
 
 # Single activations, and curves against context
@@ -256,6 +280,9 @@ def test_half_way_of_known_curves(y, expected):
     (lambda: dirichlet_energy(cloud(15), GRID), "15 points for 4x4 grid of 16 nodes"),
     (lambda: dirichlet_energy(np.ones((16, 2)), GRID), "all points coincide"),
     (lambda: pca(np.ones((16, 2))), "coincide"),
+    # Their mean is rounded, so that the differences from it are 1e-17 and not 0.
+    (lambda: plane_energy(np.full((16, 512), 0.3), GRID), "coincide"),
+    (lambda: dirichlet_energy(np.full((16, 512), 0.3), GRID), "coincide"),
     (lambda: pca(cloud(16, 2), k=3), "k=3 components asked of points with 2 dimensions"),
     (lambda: pca(with_absent(cloud(), *range(14))), "only 2 of 16 words are present, 3 needed"),
     (lambda: pca(np.where(np.eye(16), np.nan, 1.0)), "node 0 is NaN or infinite in part"),

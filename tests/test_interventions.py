@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import CONFIGS, FAMILIES, VOCABULARY, WORDS, blocks, output_projection, save_tiny
 
+from lib.geometry import means_of
 from lib.interventions import (
     Condition,
     ablate_heads,
@@ -141,6 +142,60 @@ def test_layer_that_the_model_lacks_is_named(llama):
         ablation_sweep(llama, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=3)
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({"conditions": []}, r"no condition to run"),
+    ({"ids": torch.zeros(0, 13, dtype=torch.long)}, r"ids must be \[sequence, token\] with a sequence"),
+    ({"n_prefix": 13}, "n_prefix 13 leaves nothing of sequences of 13 tokens"),
+    ({"labels": np.zeros((5, 12), int)}, r"labels must be .* = \(3, 12\), not \(5, 12\)"),
+    ({"labels": np.zeros((3, 11), int)}, r"labels must be .* = \(3, 12\), not \(3, 11\)"),
+    ({"labels": np.full((3, 12), N_CLASSES)}, "labels: 5 is none of the 5 classes, nor -1 for none"),
+    ({"labels": np.full((3, 12), -2)}, "labels: -2 is none"),
+    ({"word_ids": []}, "word_ids is empty"),
+    ({"word_ids": [2, -1]}, f"word_ids: -1 is none of the {VOCABULARY} tokens"),
+    ({"word_ids": [VOCABULARY]}, f"word_ids: {VOCABULARY} is none"),
+    ({"ids": torch.full((3, 13), VOCABULARY)}, f"ids: {VOCABULARY} is none"),
+    ({"fill": torch.zeros(3, 4, 1)}, r"fill must be .* = \(3, 4, 8\), not \(3, 4, 1\)"),
+    ({"fill": torch.zeros(3, 1, 8)}, r"fill must be .* = \(3, 4, 8\), not \(3, 1, 8\)"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named_before_a_forward(llama, monkeypatch, changes, message):
+    ids, labels = stimulus()
+    what = dict(ids=ids, conditions=CONDITIONS, word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=1)
+    monkeypatch.setattr(llama, "trace", lambda *_, **__: pytest.fail("a forward was run"))
+    with pytest.raises(ValueError, match=message):
+        ablation_sweep(llama, **(what | changes))
+
+
+def test_readings_without_sequences_or_with_labels_that_do_not_fit(llama):
+    ids, labels = stimulus()
+    with pytest.raises(ValueError, match="with a sequence at least"):
+        mean_head_outputs(llama, ids[:0])
+    with pytest.raises(ValueError, match="leaves nothing of sequences of 1 tokens"):
+        mean_head_outputs(llama, ids[:, :1])
+    with pytest.raises(ValueError, match="labels: 4 is none of the 4 classes"):
+        layer_class_sums(llama, ids, np.full_like(labels, 4), 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_activation_that_is_not_finite_is_named(value):
+    """0 * NaN is NaN: in a product with the labels it would be in the sum of every class."""
+    stream, labels = torch.randn(2, 6, 3, dtype=torch.float16), torch.zeros(2, 6, dtype=torch.long)
+    stream[1, 4, 2] = value
+    with pytest.raises(ValueError, match="overflowed in float16.*'bfloat16' or 'float32'"):
+        class_sums(stream, labels, 1)
+
+
+def test_sweep_of_a_model_that_overflows_names_the_dtype(tmp_path):
+    ids, labels = stimulus()
+    model = load(str(save_tiny("llama", tmp_path)), dtype="float16")
+    model._module.model.embed_tokens.weight[7] = 6e4
+    model._module.model.layers[0].mlp.down_proj.weight.mul_(1e4)
+    ids[1, 3] = 7
+    with pytest.raises(ValueError, match="overflowed in float16"):
+        ablation_sweep(
+            model, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=1
+        )  # fmt: skip
+
+
 def test_class_sums_ignore_negative_labels():
     stream = torch.randn(2, 6, 3)
     labels = torch.tensor([[0, 1, -1, 1, 0, -1], [1, 1, 1, -1, -1, -1]])
@@ -224,16 +279,21 @@ def test_k_beyond_the_heads_is_named():
         ValueError, match="k_values: 13 heads to ablate, and the model has 12; lower k_values"
     ):
         ablation_conditions(RANKED, [13], n_draws=1, n_layers=3, n_heads=4)
-    ranked = {"a": RANKED["a"] + [(1, 0), (1, 3), (0, 2)], "b": RANKED["b"]}
+    longer = {name: heads + [(1, 0), (1, 3), (0, 2)] for name, heads in RANKED.items()}
     with pytest.raises(
         ValueError, match="control of 7 heads needs as many outside .* 3 are left: lower k_values"
     ):
-        ablation_conditions(ranked, [7], n_draws=1, n_layers=3, n_heads=4)
+        ablation_conditions(longer, [7], n_draws=1, n_layers=3, n_heads=4)
+    with pytest.raises(ValueError, match="k_values: 7 heads to ablate, and the list 'b' ranks 4"):
+        ablation_conditions(RANKED | {"a": longer["a"]}, [7], n_draws=1, n_layers=3, n_heads=4)
+    with pytest.raises(ValueError, match="k_values is empty"):
+        ablation_conditions(RANKED, [], n_draws=1, n_layers=3, n_heads=4)
 
 
 def test_layer_class_sums_equal_hidden_states(model):
     ids, labels = stimulus()
-    sums = layer_class_sums(model, ids, np.where(labels == 4, -1, labels), N_CLASSES, batch_size=2)
+    labels = np.where(labels == 4, -1, labels)
+    sums, counts = layer_class_sums(model, ids, labels, N_CLASSES, batch_size=2)
     assert sums.shape == (4, 3, N_CLASSES, 32) and (sums[:, :, 4] == 0).all()
     with torch.no_grad():
         out = model._module(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
@@ -243,6 +303,10 @@ def test_layer_class_sums_equal_hidden_states(model):
             for node in range(4):
                 naive = stream[sequence][labels[sequence] == node].sum(0)
                 np.testing.assert_allclose(sums[layer, sequence, node], naive, rtol=1e-4, atol=1e-5)
+    for sequence in range(3):
+        assert counts[sequence].tolist() == [(labels[sequence] == node).sum() for node in range(N_CLASSES)]
+    means = means_of(sums.sum(1), counts.sum(0))
+    assert np.isnan(means[:, 4]).all() and np.isfinite(means[:, :4]).all()
 
 
 def test_head_that_the_model_lacks_is_named(llama):
@@ -281,7 +345,7 @@ def test_baseline_that_is_not_asked_for_and_repeated_sets(llama):
         order = [4, 1, 3, 2]
         part = ablation_sweep(llama, ids, [CONDITIONS[i] for i in order], layer=layer, **arguments)
         chosen = whole.select(order)
-        assert part.conditions == chosen.conditions
+        assert part.conditions == chosen.conditions and np.isnan(chosen.work)
         np.testing.assert_allclose(part.word_probabilities, chosen.word_probabilities, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(part.class_sums, chosen.class_sums, rtol=1e-4, atol=1e-5)
 
@@ -295,8 +359,11 @@ def test_cached_sweep_is_the_same_and_runs_nothing(llama, tmp_path):
     try:
         again = ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **arguments)
         assert forwards == []
-        ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **(arguments | {"word_ids": [2, 4]}))
-        assert forwards != []  # another question is not answered from the cache
+        # Another question is not answered from the cache.
+        for another in ({"word_ids": [2, 4]}, {"n_classes": N_CLASSES + 1}):
+            forwards.clear()
+            ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **(arguments | another))
+            assert forwards != [], another
     finally:
         handle.remove()
     np.testing.assert_array_equal(first.word_probabilities, again.word_probabilities)

@@ -125,6 +125,13 @@ def test_ov_matrix_is_what_the_head_writes(family, tmp_path):
     torch.testing.assert_close(written.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("layer", "head"), [(0, 99), (0, -1), (3, 0), (-1, 0)])
+def test_ov_matrix_of_a_head_that_the_model_lacks_is_refused(layer, head, folder):
+    named = rf"OV circuit of head {layer}\.{head}; the model has layers 0 to 2 with heads 0 to 3"
+    with pytest.raises(ModelError, match=named):
+        ov_matrix(load(str(folder)), layer, head)
+
+
 def test_provenance_follows_the_weights(folder):
     first = provenance(load(str(folder)))
     assert first["n_parameters"] == sum(t.numel() for t in load_file(folder / "model.safetensors").values())
