@@ -350,6 +350,22 @@ def test_finite_dimension_correction_weighs_unequal_variances():
     assert abs(np.mean(simulated) - corrected) < 4 * standard_error < 0.001
 
 
+def test_finite_dimension_correction_counts_the_variance_of_the_variances():
+    """On a short path the two components are unequal in variance and roughness: the shift of their ratio,
+    (2 / d) sum l^2 (E - r) / (sum l)^2, is five standard errors."""
+    path, d, n = grid_graph(1, 5), 128, 20_000
+    mixing = mixing_matrix(path, 0.5)
+    draws = wishart(df=d, scale=np.eye(5)).rvs(n, random_state=0)
+    simulated = [predicted_energy(mixing @ draw @ mixing.T, path, k=2) for draw in draws]
+    corrected = predicted_energy(mixing @ mixing.T, path, k=2, d=d)
+    standard_error = np.std(simulated) / np.sqrt(n)
+    assert abs(np.mean(simulated) - corrected) < 2.5 * standard_error
+    values, vectors = harmonics(mixing @ mixing.T)
+    rough = np.einsum("ik,ij,jk->k", vectors, np.diag(path.degrees) - path.adjacency, vectors)[:2]
+    energy = values[:2] @ rough / values[:2].sum()
+    assert 2 / d * (values[:2] ** 2 @ (energy - rough)) / values[:2].sum() ** 2 > 5 * standard_error
+
+
 def test_finite_dimension_correction_says_when_it_is_none():
     few, many = mixing_gram(GRID, rank_share=1 / 64), mixing_gram(GRID, rank_share=1 / 16)
     assert np.isnan(predicted_energy(few, GRID, k=2, d=4096))  # measured: 2.6
@@ -436,3 +452,9 @@ def test_fit_recovers_a_planted_mixing(own, lean):
     assert fit.neighbours == pytest.approx(1.0, abs=0.1)
     assert fit.explained > 0.98
     assert fit.energy == pytest.approx(plane_energy(mixed, graph), abs=0.25)
+
+
+def test_squares_of_a_fit_are_not_negative():
+    fits = [fit_mixing(cloud(16, 5, seed), GRID) for seed in range(4)]
+    assert min(fit.neighbours for fit in fits) == pytest.approx(0, abs=1e-9)  # unbounded: down to -.9
+    assert min(min(fit.own, fit.neighbours) for fit in fits) >= 0 and fits[2].neighbours > 1
