@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
+import shutil
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -387,11 +390,38 @@ def test_shipped_model_does_what_its_card_says(name):
         written = teacher_writes(load_exported(folder), drawn, recipe.operators)
         agrees("teacher, all problems", written)
     if recipe.answers:
-        answers = latents.answer(shipped, [p.question for p in drawn], latents.early_stops(shipped))
-        right = answers.equal([problem.answer for problem in drawn])
-        agrees("answer, 3 steps", right[-1, n_steps == 3])
+        stops = [*latents.early_stops(shipped), *latents.early_stops(shipped, prompted=False)]
+        answers = latents.answer(shipped, [p.question for p in drawn], stops)
+        right, free = np.split(answers.equal([problem.answer for problem in drawn]), 2)
+        agrees("answer, 3 steps", free[-1, n_steps == 3])
         if recipe.thinks:
             agrees("0 thoughts, 3 steps", right[0, n_steps == 3])
+            agrees("0 thoughts, 3 steps, no prompt fed", free[0, n_steps == 3])
+
+
+def test_card_is_written_again_from_the_shipped_weights(tmp_path, monkeypatch, capsys):
+    """A few problems; the card says what was measured with the prompt and without, and the manifest fits."""
+    for path in models.ORGANISMS.glob("codi*"):
+        shutil.copytree(path, tmp_path / path.name)
+    monkeypatch.setattr(models, "ORGANISMS", tmp_path)
+    monkeypatch.setattr(codi_cards, "PAIRS", 4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    monkeypatch.setattr(sys, "argv", ["", "codi-results", "--card"])
+    command.main()
+    assert "| 0 thoughts, 3 steps | interval below the answer's | 0." in capsys.readouterr().out
+    for name in ("codi-results", "codi-results-seed1"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "8 problems for each number of steps" in card and "1 thoughts" not in card
+        assert f"# organism/{name}" in card and f"trained from seed {int(name.endswith('1'))}" in card
+        assert "The gate is\nmet by seed 0 with the prompt, " in card
+        load_codi(str(tmp_path / name))
+        hashes = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert hashes["README.md"] == hashlib.sha256(card.encode()).hexdigest()
+    assert before == {path: path.read_bytes() for path in before}
+    monkeypatch.setattr(sys, "argv", ["", "induction", "--card"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "the cards of induction are written by --publish alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -1,4 +1,4 @@
-"""Train embedded models: `python -m lib.organisms NAME [--seed N] [--publish] [--threads N]`."""
+"""Train embedded models: `python -m lib.organisms NAME [--seed N] [--publish | --card] [--threads N]`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(ORGANISMS))
     parser.add_argument("--seed", type=int, help="train this seed only, and ship nothing")
     parser.add_argument("--publish", action="store_true", help="ship what is trained, without training")
+    parser.add_argument("--card", action="store_true", help="measure what is shipped again, write its cards")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; the weights depend on it")
     parser.add_argument("--scratch", type=Path, default=ROOT / ".cache" / "organisms", help="states and logs")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
     organism = ORGANISMS[arguments.name]
+    if arguments.card:
+        if organism.write_cards is None:
+            parser.error(f"--card: the cards of {arguments.name} are written by --publish alone")
+        print(organism.write_cards())
+        return
     if arguments.seed is not None:
         organism.train_seed(arguments.seed, arguments.scratch)
         return

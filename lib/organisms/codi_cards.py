@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from lib import latents
+from lib import latents, models
 from lib.codi_checkpoint import CodiModel, load_codi
 from lib.organisms import shipping, word_problems
 from lib.organisms.codi import (
@@ -92,10 +92,35 @@ def publish(name: str, scratch: Path, seeds: tuple[int, ...]) -> str:
     return shipping.table({seed: of.checks for seed, of in measured.items()})
 
 
+def write_cards(name: str, seeds: tuple[int, ...]) -> str:
+    """Measure the shipped seeds of an organism again and write their cards, without training.
+
+    Returns:
+        The table of the card.
+    """
+    recipe = RECIPES[name]
+    [shipped] = [seed for seed in seeds if not (models.ORGANISMS / f"{name}-seed{seed}").is_dir()]
+    folders = {seed: models.ORGANISMS / (name if seed == shipped else f"{name}-seed{seed}") for seed in seeds}
+    baselines = {}
+    if recipe.thinks:
+        for other in (BASELINE, SCRATCH):
+            baselines[other] = measure(RECIPES[other], models.ORGANISMS / other, test_pairs())
+    measured = {seed: measure(recipe, folder, test_pairs(), baselines) for seed, folder in folders.items()}
+    for seed, folder in folders.items():
+        (folder / "README.md").write_text(_card(recipe, folder.name, seed, shipped, measured))
+        models.write_manifest(folder)
+    return shipping.table({seed: of.checks for seed, of in measured.items()})
+
+
 SEEDS = {"codi": (0, 1), "codi-results": (0, 1), "codi-teacher": (0, 1), "codi-results-teacher": (0, 1),
          BASELINE: (0,), SCRATCH: (0,)}  # fmt: skip
 ORGANISMS = {
-    name: Organism(seeds, partial(train_seed, name), partial(publish, name, seeds=seeds))
+    name: Organism(
+        seeds,
+        partial(train_seed, name),
+        partial(publish, name, seeds=seeds),
+        partial(write_cards, name, seeds),
+    )
     for name, seeds in SEEDS.items()
 }
 
@@ -138,7 +163,10 @@ class Measured:
 
     Attributes:
         checks: rows of the card.
-        right: whether the answer behind 0, 1, .. thoughts is right, bool [thoughts, problem].
+        right: whether the answer behind 0, 1, .. thoughts and the answer prompt is right, bool
+            [thoughts, problem].
+        free: the same where the model writes the prompt itself, or its steps first.
+        steps: whether it then writes steps, bool [thoughts, problem].
         n_steps: of each problem [problem].
         decoded: in problems of three steps, share of z_0, z_1, .. whose likeliest token is a number, and
             those whose likeliest token is an intermediate result of the problem [2, z].
@@ -147,13 +175,15 @@ class Measured:
 
     checks: list[Check]
     right: np.ndarray
+    free: np.ndarray
+    steps: np.ndarray
     n_steps: np.ndarray
     decoded: np.ndarray
     rank: float
 
-    def of(self, thoughts: int, n_steps: int) -> np.ndarray:
-        """Whether answers to the problems of so many steps are right, behind so many thoughts."""
-        return self.right[thoughts, self.n_steps == n_steps]
+    def of(self, values: np.ndarray, n_steps: int) -> np.ndarray:
+        """Share of the problems of so many steps for which values [thoughts, problem] are true [thoughts]."""
+        return values[:, self.n_steps == n_steps].mean(1)
 
 
 def measure_as_shipped(
@@ -183,8 +213,10 @@ def measure(
     questions = [problem.question for problem in problems]
     n_steps = np.array([len(problem.equations) for problem in problems])
     codi = load_codi(str(folder))
-    answers = latents.answer(codi, questions, latents.early_stops(codi))
-    right = answers.equal([problem.answer for problem in problems])
+    stops = [*latents.early_stops(codi), *latents.early_stops(codi, prompted=False)]
+    answers = latents.answer(codi, questions, stops)
+    right, free = np.split(answers.equal([problem.answer for problem in problems]), 2)
+    steps = answers.with_steps()[len(right) :]
     decoded = _decoded(codi, [problem for problem in problems if len(problem.equations) == MAX_STEPS])
     checks = []
     if recipe.writes:
@@ -197,7 +229,7 @@ def measure(
             checks.append(Check(f"teacher, {_steps(n)}", f"{_rate(written[n_steps == n])}"))
     if recipe.answers:
         for n in range(1, MAX_STEPS + 1):
-            rate = _rate(right[-1, n_steps == n])
+            rate = _rate(free[-1, n_steps == n])
             gated = recipe.thinks and n == MAX_STEPS
             checks.append(
                 Check(f"answer, {_steps(n)}", f"{rate}", f">= {MIN_STUDENT}", rate.value >= MIN_STUDENT)
@@ -205,7 +237,7 @@ def measure(
                 else Check(f"answer, {_steps(n)}", f"{rate}")
             )
     if recipe.thinks:
-        student = _rate(right[-1, n_steps == MAX_STEPS])
+        student = _rate(free[-1, n_steps == MAX_STEPS])
         without = {"0 thoughts": right} | {name: of.right for name, of in baselines.items()}
         for label, other in without.items():
             rate = _rate(other[0, n_steps == MAX_STEPS])
@@ -213,8 +245,10 @@ def measure(
             # The gate is against the stronger baseline, fixed before the other was trained.
             gate = "" if label == SCRATCH else "interval below the answer's"
             checks.append(Check(f"{label}, {_steps(MAX_STEPS)}", f"{rate}", gate, met or not gate))
-    rank = float(right[-1, n_steps == MAX_STEPS].mean()) if recipe.answers else 0.0
-    return Measured(checks, right, n_steps, decoded, rank)
+        rate = _rate(free[0, n_steps == MAX_STEPS])
+        checks.append(Check(f"0 thoughts, {_steps(MAX_STEPS)}, no prompt fed", f"{rate}"))
+    rank = float(free[-1, n_steps == MAX_STEPS].mean()) if recipe.answers else 0.0
+    return Measured(checks, right, free, steps, n_steps, decoded, rank)
 
 
 def teacher_writes(model: Codi, problems: Sequence[WordProblem], operators: bool) -> np.ndarray:
@@ -252,18 +286,37 @@ def _steps(n: int) -> str:
     return "1 step" if n == 1 else f"{n} steps"
 
 
+def _thoughts(n: int) -> str:
+    return "1 thought" if n == 1 else f"{n} thoughts"
+
+
 # -- the card --------------------------------------------------------------------------------------
 
 
-def _by_thoughts(measured: dict[int, Measured]) -> str:
-    """Table of accuracy by number of thoughts, all seeds."""
+def _by_thoughts(measured: dict[int, Measured], prompted: bool) -> str:
+    """Table of accuracy by number of thoughts, all seeds; without a prompt also how many write steps."""
     counts = range(N_THOUGHTS + 1)
-    lines = ["| | " + " | ".join(f"{n} thoughts" for n in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    lines = ["| | " + " | ".join(map(_thoughts, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
     for seed, of in measured.items():
         for n in range(1, MAX_STEPS + 1):
-            shares = " | ".join(f"{of.of(thoughts, n).mean():.3f}" for thoughts in counts)
-            lines.append(f"| seed {seed}, {_steps(n)} | {shares} |")
+            cells = [f"{share:.3f}" for share in of.of(of.right if prompted else of.free, n)]
+            if not prompted:
+                cells = [
+                    f"{cell} ({share:.2f})" for cell, share in zip(cells, of.of(of.steps, n), strict=True)
+                ]
+            lines.append(f"| seed {seed}, {_steps(n)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _gate_change(measured: dict[int, Measured]) -> str:
+    """What the change of measure did to the gate, all seeds."""
+    found = []
+    for seed, of in measured.items():
+        student = _rate(of.free[-1, of.n_steps == MAX_STEPS])
+        met = [student.low > _rate(right[0, of.n_steps == MAX_STEPS]).high for right in (of.right, of.free)]
+        words = ["met" if each else "missed" for each in met]
+        found.append(f"{words[0]} by seed {seed} with the prompt, {words[1]} without it")
+    return "; ".join(found) + "."
 
 
 def _decoding(measured: dict[int, Measured]) -> str:
@@ -309,9 +362,19 @@ def _card(recipe: Recipe, folder_name: str, seed: int, shipped: int, measured: d
     thoughts = ""
     if recipe.thinks:
         thoughts = f"""
-Accuracy on the same problems behind fewer thoughts, `<eot>` following at once:
+Accuracy on the same problems behind fewer thoughts, `<eot>` and the answer prompt following at once:
 
-{_by_thoughts(measured)}
+{_by_thoughts(measured, prompted=True)}
+
+The same where no prompt is fed and the model may write its steps first, with the share of problems for which
+it does (more than one number) in brackets:
+
+{_by_thoughts(measured, prompted=False)}
+
+The rows of 0 thoughts, and their gate, were first measured without the prompt. That measure was changed after
+its results had been seen: the last number of what a model writes freely can be that of a written chain of
+thought, which is no answer without thoughts. Both numbers stand above. The gate is
+{_gate_change(measured)}
 
 What the likeliest token of z_0 .. z_6 is, in problems of three steps (reported; no recipe was chosen by it):
 

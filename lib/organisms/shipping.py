@@ -21,11 +21,14 @@ class Organism(NamedTuple):
         seeds: those that are trained and shipped.
         train_seed: (seed, scratch) -> the seed's folder; continues what was interrupted.
         publish: scratch -> the table of the card, once every seed is trained.
+        write_cards: measures what is shipped again, writes its cards and returns the table; None without such
+            a thing.
     """
 
     seeds: tuple[int, ...]
     train_seed: Callable[[int, Path], Path]
     publish: Callable[[Path], str]
+    write_cards: Callable[[], str] | None = None
 
 
 class Check(NamedTuple):
