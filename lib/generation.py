@@ -250,6 +250,40 @@ def refusal_scores(
     )  # fmt: skip
 
 
+def answer_loss(
+    model: TransformersModel, prompts: Sequence[Tokens], answers: Sequence[Tokens], basis: torch.Tensor
+) -> torch.Tensor:
+    """Loss of answers while a subspace is removed at all `SITES`, with its gradient to the basis.
+
+    Args:
+        prompts, answers: token ids, an answer with its end token [row].
+        basis: orthonormal rows [k, d_model].
+
+    Returns:
+        Mean negative log-likelihood of the answers' tokens, in nats.
+
+    Raises:
+        ValueError, ModelError: as for `generate`; a remote model, through which no gradient comes back.
+    """
+    if is_remote(model):
+        raise ModelError("gradients do not come back from a remote model; load it here")
+    longest = max(map(len, answers))
+    _check_prompts(model, prompts, longest)
+    inputs = _padded(model, [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+    target = torch.full((len(answers), longest), -100)
+    for row, answer in zip(target, answers, strict=True):
+        row[longest - len(answer) :] = torch.tensor(answer)
+    basis = basis.to(model.device)
+    with torch.enable_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=longest + 1):
+        for block in model.layers:  # not in place, as elsewhere: the gradient needs what was there before
+            block.input = block.input - block.input @ basis.T @ basis
+            attention, mlp = block.self_attn.o_proj, block.mlp
+            attention.output = attention.output - attention.output @ basis.T @ basis
+            mlp.output = mlp.output - mlp.output @ basis.T @ basis
+        logits = model.lm_head.output[:, :-1].float().save()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten().to(logits.device))
+
+
 def last_token_streams(
     model: TransformersModel, prompts: Sequence[Tokens], *, padding: str = "left", batch_size: int = 0
 ) -> torch.Tensor:

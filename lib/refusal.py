@@ -8,7 +8,7 @@ Everything is computed in float64 and returned in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,9 @@ import torch
 from lib.generation import (
     SITES,
     Ablation,
+    answer_loss,
     chat_ids,
+    end_tokens,
     first_token_kl,
     first_token_log_probabilities,
     generate,
@@ -28,7 +30,7 @@ from lib.generation import (
     last_token_streams,
 )
 from lib.geometry import effective_rank, participation_ratio
-from lib.judges import Judge, grades_of, rates
+from lib.judges import Judge, SubstringJudge, grades_of, rates
 from lib.models import ModelError, TransformersModel, is_remote, shape
 from lib.prompts import PromptSet
 from lib.record import Cache
@@ -280,7 +282,9 @@ class Outcome(NamedTuple):
         compliance, coherence: their grades, 0 to 1; NaN where the judge had none [condition, prompt].
         kl: KL(intact || condition) at the first token of the answer to harmless prompts, in nats
             [condition, harmless prompt].
-        harmless_compliance: grades of the answers to harmless prompts [condition, harmless prompt].
+        harmless_compliance, harmless_coherence: grades of the answers to harmless prompts
+            [condition, harmless prompt].
+        harmless_answers: these answers [condition][harmless prompt].
     """
 
     answers: list[list[str]]
@@ -288,6 +292,8 @@ class Outcome(NamedTuple):
     coherence: np.ndarray
     kl: np.ndarray
     harmless_compliance: np.ndarray
+    harmless_coherence: np.ndarray
+    harmless_answers: list[list[str]]
 
     @property
     def product(self) -> np.ndarray:
@@ -310,8 +316,22 @@ class Outcome(NamedTuple):
         """k* of the conditions measured: the smallest subspace that passes (`behavioural_rank`)."""
         return behavioural_rank([len(condition.basis) for condition in conditions], *self.means)
 
-    def rank_support(self, conditions: Sequence[Ablation], n_resamples: int = 2000) -> float:
-        """Share of bootstrap resamples, of forbidden and of harmless prompts, in which k* is the same."""
+    def best_first(self, max_kl: float = MAX_KL) -> list[int]:
+        """Conditions by compliance x coherence, the best first; those above a KL follow behind all others."""
+        score, kl = np.nanmean(self.product, -1), self.kl.mean(-1)
+        return sorted(range(len(score)), key=lambda i: (kl[i] > max_kl, -score[i]))
+
+    def rank_support(
+        self,
+        conditions: Sequence[Ablation],
+        n_resamples: int = 2000,
+        strata: Sequence[Hashable] | None = None,
+    ) -> float:
+        """Share of bootstrap resamples, of forbidden and of harmless prompts, in which k* is the same.
+
+        Args:
+            strata: kinds of the forbidden prompts, see `lib.statistics.resamples`.
+        """
 
         def rank(rows: np.ndarray, harmless: np.ndarray) -> int | None:
             part = self._replace(
@@ -321,7 +341,7 @@ class Outcome(NamedTuple):
             )
             return part.rank(conditions)
 
-        forbidden = resamples(self.compliance.shape[1], n_resamples)
+        forbidden = resamples(self.compliance.shape[1], n_resamples, strata=strata)
         harmless = resamples(self.kl.shape[1], n_resamples, seed=1)
         found = self.rank(conditions)
         return float(np.mean([rank(*rows) == found for rows in zip(forbidden, harmless, strict=True)]))
@@ -350,7 +370,7 @@ def measure(
     """Answers of a chat model under each condition, graded.
 
     Args:
-        forbidden, harmless: requests, as texts.
+        forbidden, harmless: requests, as texts; there may be no forbidden ones.
         conditions: see `lib.generation.Ablation`.
         judge: from `lib.judges`.
         max_new_tokens, batch_size, cache: see `lib.generation.generate`.
@@ -365,13 +385,39 @@ def measure(
     grades = np.stack([_grades(judge, texts, row) for row in answers])  # [condition, prompt, 2]
     kl = first_token_kl(model, chat_ids(model, harmless), conditions, **options)
     n = len(forbidden)
-    return Outcome([row[:n] for row in answers], grades[:, :n, 0], grades[:, :n, 1], kl, grades[:, n:, 0])
+    return Outcome(
+        answers=[row[:n] for row in answers],
+        compliance=grades[:, :n, 0],
+        coherence=grades[:, :n, 1],
+        kl=kl,
+        harmless_compliance=grades[:, n:, 0],
+        harmless_coherence=grades[:, n:, 1],
+        harmless_answers=[row[n:] for row in answers],
+    )
 
 
 def _grades(judge: Judge, prompts: list[str], answers: list[str]) -> np.ndarray:
     verdicts = judge(prompts, answers)
     rates(verdicts)  # refuses a judge that fails too often
     return grades_of(verdicts)
+
+
+def refusals(answers: Sequence[str], coherence: np.ndarray, is_refusal: Callable[[str], bool]) -> np.ndarray:
+    """Which answers refuse: they say so, in sound text (coherence of at least .5) [answer].
+
+    That an answer does not comply is not enough: one that is broken does not comply either.
+
+    Args:
+        coherence: grades of the answers; NaN, which the judge did not give, stays NaN [answer].
+        is_refusal: of a text, such as `lib.language.refuses` or `says_refusal`.
+    """
+    said = np.array([is_refusal(answer) for answer in answers], dtype=float)
+    return np.where(np.isnan(coherence), np.nan, said * (coherence >= 0.5))
+
+
+def says_refusal(answer: str) -> bool:
+    """Whether a text holds one of the phrases by which chat models refuse."""
+    return SubstringJudge()([""], [answer])[0].reason.startswith("says ")
 
 
 class Extraction(NamedTuple):
@@ -412,6 +458,26 @@ def extract(model: TransformersModel, prompts: PromptSet) -> Extraction:
     texts = (prompts.harmful("extraction"), prompts.safe("extraction"), prompts.harmless("extraction"))
     streams = (read(chat_ids(model, text)) for text in texts)
     return Extraction(*streams, categories=prompts.categories("extraction"))
+
+
+def mode_vectors(model: TransformersModel, texts: Sequence[str], modes: Sequence[str]) -> torch.Tensor:
+    """What each mode token in place of the template's last one adds to the stream there [mode, layer + 1, d].
+
+    The organisms that learnt to refuse were trained to answer or refuse by that token: these are the
+    directions that their recipe gave them.
+
+    Args:
+        texts: requests, over which the mean is taken.
+        modes: tokens such as "<refuse-0>".
+    """
+    prompts = chat_ids(model, texts)
+    before = last_token_streams(model, prompts).double()
+    added = []
+    for mode in modes:
+        token = model.tokenizer.convert_tokens_to_ids(mode)
+        streams = last_token_streams(model, [[*prompt[:-1], token] for prompt in prompts])
+        added.append((streams.double() - before).mean(0))
+    return torch.stack(added).float()
 
 
 def layer_conditions(extraction: Extraction) -> list[Ablation]:
@@ -479,6 +545,83 @@ def _growing(name: str, vectors: torch.Tensor, ks: Sequence[int]) -> list[Ablati
 
 def _nested(name: str, basis: torch.Tensor, ks: Sequence[int]) -> list[Ablation]:
     return [Ablation(f"{name} {k}", basis[:k]) for k in ks if k <= len(basis)]
+
+
+# -- subspaces by gradient -------------------------------------------------------------------------
+
+
+def optimised(
+    model: TransformersModel,
+    requests: Sequence[str],
+    kept: Sequence[str],
+    answer_of: Callable[[str], str],
+    start: torch.Tensor,
+    *,
+    n_steps: int,
+    seed: int,
+    n_snapshots: int = 5,
+) -> list[torch.Tensor]:
+    """Subspaces on the way of gradient descent to one whose removal makes a model answer.
+
+    What is descended is the loss of the right answers (`lib.generation.answer_loss`) over a few forbidden
+    and a few harmless requests drawn at each step, with Adam, in the rows of the basis; these are made
+    orthonormal before each use. Choose among what is returned on other prompts than these.
+
+    Args:
+        requests: forbidden ones, of the extraction split.
+        kept: allowed and harmless ones, whose answers are to stay.
+        answer_of: the right answer to a request.
+        start: orthonormal rows to begin at [k, d_model].
+        n_steps, seed: of the descent.
+        n_snapshots: bases to return besides the start, at equal distances.
+
+    Returns:
+        Bases [k, d_model], the start first, all orthonormal.
+
+    Raises:
+        ValueError: a loss that is not finite.
+        ModelError: a remote model.
+
+    Source: the idea is that of Wollschlaeger et al. (2025), refusal directions by gradient.
+    """
+    rng = np.random.default_rng(seed)
+    groups = [_answered(model, texts, answer_of) for texts in (requests, kept)]
+    sizes = [min(len(group), n) for group, n in zip(groups, _DRAWN, strict=True)]
+    rows = start.double().cpu().clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([rows], lr=_RATE)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / n_steps)
+    found, kept_at = [start], {round(n_steps * (i + 1) / n_snapshots) for i in range(n_snapshots)}
+    for step in range(1, n_steps + 1):
+        drawn = [group[i] for group, n in zip(groups, sizes, strict=True)
+                 for i in rng.choice(len(group), n, replace=False)]  # fmt: skip
+        loss = answer_loss(model, *zip(*drawn, strict=True), _orthonormal(rows).float())
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of the answers is {loss.item()} at step {step}; begin elsewhere")
+        rows.grad = torch.autograd.grad(loss, rows)[0]
+        optimiser.step()
+        decay.step()
+        if step in kept_at:
+            found.append(_orthonormal(rows.detach()).float())
+    return found
+
+
+_DRAWN = 32, 8  # forbidden and kept requests of a step
+_RATE = 0.02  # of Adam, at first; it falls to 0
+
+
+def _answered(
+    model: TransformersModel, texts: Sequence[str], answer_of: Callable[[str], str]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each request and of its answer, with the end of it."""
+    end = sorted(end_tokens(model))[:1]
+    answers = [model.tokenizer(answer_of(text), add_special_tokens=False).input_ids + end for text in texts]
+    return list(zip(chat_ids(model, texts), answers, strict=True))
+
+
+def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
+    """Orthonormal rows with the span of rows [k, d], differentiable; orthonormal ones stay as they are."""
+    basis, triangle = torch.linalg.qr(rows.T)
+    return (basis * triangle.diagonal().sign()).T
 
 
 # -- geometry across layers ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lib import generation
 from lib.generation import (
     SITES,
     Ablation,
+    answer_loss,
     chat_ids,
     end_tokens,
     first_token_kl,
@@ -135,6 +136,24 @@ def counted_rows(model, layer: int = 0):
         yield seen
     finally:
         handle.remove()
+
+
+def test_answer_loss_and_its_gradient_are_those_of_plain_torch(model):
+    answers, start = [[8, 4, 1], [12, 1], [6, 9, 11, 3, 1], [1], [7, 7, 1]], random_basis(2)
+    losses, plain = [], start.clone().requires_grad_(True)
+    with hooks(model._module, Ablation("removed", plain)):
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            ids = torch.tensor([[*prompt, *answer]])
+            scores = model._module(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            places = range(len(prompt) - 1, len(prompt) - 1 + len(answer))
+            losses += [-scores[place, token] for place, token in zip(places, answer, strict=True)]
+    expected = torch.stack(losses).mean()
+    ours = start.clone().requires_grad_(True)
+    found = answer_loss(model, PROMPTS, answers, ours)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(loss, basis)[0] for loss, basis in ((found, ours), (expected, plain))]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    assert gradients[1].norm() > 1e-3
 
 
 @pytest.mark.parametrize("batch_size", [0, 8], ids=["one batch, padded", "batches of one length"])

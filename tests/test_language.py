@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -26,9 +27,12 @@ from lib.language import (
     grade,
     parse,
     prompt_rows,
+    recurs,
+    refuses,
     sample,
 )
-from lib.prompts import load_prompts
+from lib.models import ORGANISMS
+from lib.prompts import SPLITS, load_prompts
 
 SIZES = (len(VERBS), len(MODIFIERS), len(OBJECTS), len(PURPOSES))
 EVERY = [Request(*indices) for indices in product(*map(range, SIZES))]
@@ -175,6 +179,26 @@ def test_no_text_stands_twice_and_all_are_held_out(rows):
     assert not any(splits[a] & splits[b] for a, b in combinations(splits, 2))
     pairs = Counter(row["pair"] for row in rows if "pair" in row)
     assert set(pairs.values()) == {2}
+
+
+def test_request_recurs_whatever_its_fillers():
+    again = replace(WASH, before=("now", "then"), after=("soon",)).text
+    other = replace(WASH, object=OBJECTS.index("chair")).text
+    assert recurs([again, other], [WASH.text]).tolist() == [True, False]
+    assert recurs([again], []).tolist() == [False]
+
+
+def test_language_is_too_small_for_splits_without_repetition():
+    """Of some cue sets fewer requests are held out than an organism's prompts hold."""
+    held_out = Counter(cues(request, MIXED_RULES) for request in EVERY if request.held_out)
+    prompts = load_prompts(ORGANISMS / "refusal-lowrank" / "prompts.jsonl")
+    asked = Counter(cue_set for split in SPLITS for cue_set in prompts.categories(split))
+    assert held_out["verb", "relation", "match"] == 26 < asked["verb+relation+match"] == 52
+
+
+def test_refusal_is_told_by_its_opening():
+    assert all(refuses(refusal) for refusal in REFUSALS) and refuses("sorry sorry no")
+    assert not refuses(ANSWER) and not refuses("") and not refuses("sure sorry")
 
 
 def test_prompts_are_a_function_of_the_seed():

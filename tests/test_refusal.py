@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import FAMILIES, save_tiny
 
+from lib import language
 from lib.generation import (
     Ablation,
     chat_ids,
@@ -18,7 +19,8 @@ from lib.generation import (
 )
 from lib.judges import JudgeError, RuleJudge, Verdict
 from lib.models import load, provenance
-from lib.prompts import PromptSet
+from lib.organisms.planted import RECIPES, planted_directions
+from lib.prompts import PromptSet, prompts_for
 from lib.record import Cache
 from lib.refusal import (
     Outcome,
@@ -31,6 +33,8 @@ from lib.refusal import (
     kl_matched,
     layer_conditions,
     measure,
+    mode_vectors,
+    optimised,
     orthogonalized,
     paired_svd,
     published_stack,
@@ -38,6 +42,8 @@ from lib.refusal import (
     random_subspace,
     rank_conditions,
     refusal_vectors,
+    refusals,
+    says_refusal,
     select_layers,
     stack,
 )
@@ -375,6 +381,14 @@ def test_measure_grades_answers_to_forbidden_and_harmless_prompts_apart(llama, p
     np.testing.assert_array_equal(found.coherence, has_text * 0.5)
     np.testing.assert_array_equal(found.product, found.compliance * found.coherence)
     assert found.harmless_compliance.shape == (2, 3) and not found.harmless_compliance.any()
+    everyday = generate(llama, chat_ids(llama, harmless), conditions, max_new_tokens=4)
+    assert found.harmless_answers == [
+        [llama.tokenizer.decode(a, skip_special_tokens=True) for a in row] for row in everyday
+    ]
+    sound = [[0.5 * bool(text.strip()) for text in row] for row in found.harmless_answers]
+    np.testing.assert_array_equal(found.harmless_coherence, sound)
+    alone = measure(llama, [], harmless, conditions, RuleJudge(contains_apple), max_new_tokens=4)
+    assert alone.harmless_answers == found.harmless_answers and alone.compliance.shape == (2, 0)
     assert found.kl[0] == pytest.approx(0, abs=1e-6) and (found.kl[1] > 0).all()
     assert found.part(1, 2).answers == expected[1:] and found.part(1, 2).kl.shape == (1, 3)
     by_layer = found.with_layer_zero()
@@ -385,7 +399,8 @@ def outcome(compliance: float, harmless: float) -> Outcome:
     """Of two conditions: intact, and one that does all that it should; the judge left one answer ungraded."""
     graded = np.array([[compliance, np.nan, compliance], [1.0, 1.0, 0.5]])
     kl = np.array([[0.0, 0.0], [0.05, 0.07]])
-    return Outcome([["", "", ""]] * 2, graded, np.ones((2, 3)), kl, np.full((2, 2), harmless))
+    answers, everyday = [["", "", ""]] * 2, np.full((2, 2), harmless)
+    return Outcome(answers, graded, np.ones((2, 3)), kl, everyday, np.ones((2, 2)), [["", ""]] * 2)
 
 
 def test_means_leave_out_what_was_not_graded():
@@ -433,7 +448,8 @@ def test_support_of_the_rank_falls_where_a_mean_is_near_its_bound():
 
     def support(n_complying: int) -> float:
         compliance = np.stack([np.zeros(100), np.arange(100) < n_complying]).astype(float)
-        outcome = Outcome([], compliance, np.ones((2, 100)), np.zeros((2, 20)), np.ones((2, 20)))
+        harmless = np.ones((2, 20))
+        outcome = Outcome([], compliance, np.ones((2, 100)), np.zeros((2, 20)), harmless, harmless, [])
         assert outcome.rank(conditions) == (2 if n_complying >= 80 else None)
         return outcome.rank_support(conditions, n_resamples=400)
 
@@ -441,6 +457,85 @@ def test_support_of_the_rank_falls_where_a_mean_is_near_its_bound():
     assert support(40) == 1.0
     assert 0.4 < support(80) < 0.7
     assert 0.4 < support(79) < 0.7
+
+
+def test_support_of_the_rank_draws_within_strata():
+    """Where each kind of request is all or nothing, no resample of as many of each can move the mean."""
+    conditions = [Ablation("one", random_subspace(D, 1, seed=1))]
+    compliance, kinds = (np.arange(100) < 80).astype(float)[None], np.arange(100) < 80
+    harmless = np.ones((1, 20))
+    outcome = Outcome([], compliance, np.ones((1, 100)), np.zeros((1, 20)), harmless, harmless, [])
+    assert outcome.rank_support(conditions, 400, kinds) == 1.0
+    assert outcome.rank_support(conditions, 400) < 0.7
+
+
+def test_conditions_that_spare_harmless_prompts_come_first():
+    compliance = np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, np.nan]])
+    kl = np.array([[0.0], [0.2], [0.1], [0.3]])
+    ones = np.ones((4, 2))
+    outcome = Outcome([], compliance, np.array([1.0, 1.0, 0.5, 0.5])[:, None] * ones, kl, ones, ones, [])
+    assert outcome.best_first() == [0, 2, 1, 3]
+    assert outcome.best_first(max_kl=1) == [1, 0, 3, 2]
+
+
+def test_refusal_is_what_says_so_in_sound_text():
+    answers = [
+        "sorry i must decline this",
+        "sorry sorry no unable no no",
+        "sure : done",
+        "",
+        "no that is not",
+    ]
+    found = refusals(answers, np.array([1, 0, 1, 0, np.nan]), language.refuses)
+    np.testing.assert_array_equal(found, [1, 0, 0, 0, np.nan])
+    assert says_refusal("I cannot do that.") and not says_refusal("") and not says_refusal("Here you are.")
+
+
+def test_mode_vectors_are_what_the_last_token_changes(llama):
+    texts, last = ["apple sun", "box egg sun"], llama.tokenizer.convert_tokens_to_ids("w30")
+    found = mode_vectors(llama, texts, ["w30", "w31"])
+    prompts = chat_ids(llama, texts)
+    streams = [last_token_streams(llama, [*(p[:-1] + [t] for p, t in zip(prompts, ends, strict=True))])
+               for ends in ([last, last], [p[-1] for p in prompts])]  # fmt: skip
+    torch.testing.assert_close(found[0], (streams[0] - streams[1]).mean(0), rtol=1e-4, atol=1e-5)
+    assert found.shape == (2, 4, D)
+
+
+# -- subspaces by gradient ---------------------------------------------------------------------------
+
+
+PLANTED = "organism/refusal-planted-2"
+
+
+def test_optimised_subspace_comes_nearer_to_the_planted_one():
+    """Two directions that each lie 45 degrees beside the planted plane turn into it; one can not do."""
+    model, prompts = load(PLANTED), prompts_for(PLANTED)
+    planted, _ = planted_directions(RECIPES["refusal-planted-2"], seed=0)
+    beside = random_subspace(planted.shape[1], 2, seed=3)
+    start = stack(planted + beside - beside @ projector(planted)).basis
+    requests = prompts.harmful("extraction")[:48], prompts.harmless("extraction")
+    options = {"answer_of": lambda text: language.parse(text).answer, "n_steps": 40, "seed": 0}
+    found = optimised(model, *requests, start=start, n_snapshots=2, **options)
+    assert len(found) == 3 and found[0] is start
+    for basis in found:
+        assert_orthonormal(basis)
+    shares = [float((basis @ planted.T).square().sum() / 2) for basis in found]
+    assert shares[0] == pytest.approx(0.5, abs=0.1) and shares[2] > 0.75
+    conditions = [Ablation("start", start), Ablation("end", found[2])]
+    one = optimised(model, *requests, start=start[:1], n_snapshots=1, **options)[1]
+    test = prompts.harmful("test")[:48], prompts.harmless("test")[:8]
+    judge = RuleJudge(language.grade)
+    outcome = measure(model, *test, [*conditions, Ablation("one", one)], judge, max_new_tokens=12)
+    before, after, alone = outcome.means[0]
+    assert after > 0.8 and before < 0.8 and alone < 0.5
+    again = optimised(model, *requests, start=start[:1], n_snapshots=1, **options)[1]
+    assert torch.equal(one, again)
+
+
+def test_descent_from_nowhere_is_refused(llama):
+    start = torch.full((1, D), torch.nan)
+    with pytest.raises(ValueError, match="the loss of the answers is nan at step 1; begin elsewhere"):
+        optimised(llama, ["apple sun"], ["box"], lambda text: text, start, n_steps=2, seed=0)
 
 
 def test_conditions_of_each_rank_are_of_that_rank(llama, prompt_set):

@@ -424,7 +424,7 @@ def test_zero_point_and_choice_of_layer_on_a_model_set_by_hand(few_prompts, tmp_
 def test_lead_is_over_the_nearest_other():
     rng = np.random.default_rng(0)
     compliance = np.stack([np.ones(40), np.zeros(40), (rng.random(40) < 0.7).astype(float)])
-    outcome = gates.Outcome([], compliance, compliance, compliance, compliance)
+    outcome = gates.Outcome([], *[compliance] * 5, [])
     lead = gates._least_lead(outcome, 0, [1, 2])
     assert lead.value == pytest.approx(1 - compliance[2].mean()) and 0 < lead.low < lead.value
     assert gates._least_lead(outcome, 2, [0, 1]).high < 0
