@@ -281,7 +281,7 @@ def test_half_way_of_known_curves(y, expected):
     (lambda: dirichlet_energy(np.ones((16, 2)), GRID), "all points coincide"),
     (lambda: pca(np.ones((16, 2))), "coincide"),
     # Their mean is rounded, so that the differences from it are 1e-17 and not 0.
-    (lambda: plane_energy(np.full((16, 512), 0.3), GRID), "coincide"),
+    (lambda: pca(np.full((16, 512), 0.3)), "coincide"),
     (lambda: dirichlet_energy(np.full((16, 512), 0.3), GRID), "coincide"),
     (lambda: pca(cloud(16, 2), k=3), "k=3 components asked of points with 2 dimensions"),
     (lambda: pca(with_absent(cloud(), *range(14))), "only 2 of 16 words are present, 3 needed"),
