@@ -1,14 +1,14 @@
 """What a study leaves behind: checked parameters, cached results, figures with their numbers, record.json.
 
 A run succeeded when its folder holds a valid record.json. The record is written last, in one step, and
-the old one goes when a run starts: a run that stopped leaves none.
+the old one goes when a run starts: a run that stopped leaves none. One run at a time has a folder.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from html import escape
@@ -32,17 +31,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib import ROOT, kernel
 from lib.claims import Claim, ClaimsTable
-from lib.parameters import NotebookParameters, check
+from lib.parameters import NotebookParameters, ParameterError, check
 from lib.progress import unit_was_read
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs apart
+    fcntl = None
 
 # Modules and packages of lib that no result depends on, but for what is in its key, as the weights are that
 # organisms come from. A change in any other one makes cached results void.
 _NOT_COMPUTING = {"__init__", "artifacts", "claims", "compare", "dashboard", "hero", "kernel", "memory",
                   "organisms", "parameters", "plots", "progress", "publish", "record", "registry", "run",
                   "seeds", "widgets"}  # fmt: skip
-_PACKAGES = ("torch", "numpy", "transformers", "nnsight", "scipy", "networkx", "safetensors", "matplotlib",
-             "pydantic")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "nnsight",
+    "scipy",
+    "networkx",
+    "safetensors",
+    "matplotlib",
+    "pydantic",
+)
 _CACHE_PACKAGES = _PACKAGES[:4]
+_PART = ".part"  # ends the name of a file that is being written
 
 
 class Metric(BaseModel):
@@ -80,6 +94,7 @@ class Record(BaseModel):
     commit: str | None  # of the repository; None outside git
     dirty: bool | None  # whether lib, data or requirements.lock differ from that commit
     code: str  # hash of the modules that compute
+    notebook: str | None = None  # of the cells that ran, from the setup cell on; None outside a notebook
     versions: dict[str, str]
     started: datetime
     seconds: float
@@ -107,7 +122,8 @@ class Study:
         cache: results of earlier runs.
 
     Raises:
-        ParameterError: see `lib.parameters.check`; the folder is left as it was.
+        ParameterError: see `lib.parameters.check`; or the folder can not be written to, holds a run of
+            another study, or another run is at work in it. The folder is left as it was.
     """
 
     def __new__(cls, schema: type[NotebookParameters], namespace: Mapping[str, Any]) -> Study:
@@ -127,8 +143,13 @@ class Study:
         self._metrics: dict[str, Metric] = {}
         self._models: list[dict[str, Any]] = []
         self._artifacts: dict[str, Artifact] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._cells = namespace.get("In", ())  # sources of the cells that ran; this one is the last so far
+        self._first_cell = max(0, len(self._cells) - 1)
+        self._lock = Lock(self.folder / ".lock")
+        self._check_folder()
         self._reopen()
+        for part in self.folder.glob(f".*{_PART}"):  # of a run that was killed while it wrote
+            part.unlink(missing_ok=True)
 
     def figure(self, fig: Any, name: str, *, alt: str, **arrays: Any) -> None:
         """Save a figure as NAME.svg and NAME.png with its numbers as NAME.npz; same figure, same bytes.
@@ -165,8 +186,12 @@ class Study:
         self._claims[claim.id] = claim
 
     def metric(
-        self, name: str, value: float | None, interval: Iterable[float] | None = None,
-        n: str | int | None = None, reason: str = "",
+        self,
+        name: str,
+        value: float | None,
+        interval: Iterable[float] | None = None,
+        n: str | int | None = None,
+        reason: str = "",
     ) -> None:
         """Add a number to the record.
 
@@ -193,22 +218,109 @@ class Study:
         """Write record.json and return the claims as a table to display."""
         commit, dirty = _git_state()
         record = Record(
-            study=self.name, parameters=self.parameters.model_dump(), claims=list(self._claims.values()),
-            metrics=self._metrics, models=self._models, artifacts=self._artifacts, commit=commit, dirty=dirty,
-            code=code_version(), versions={"python": platform.python_version(), **_versions(_PACKAGES)},
-            started=self._started, seconds=round(time.monotonic() - self._clock, 1),
+            study=self.name,
+            parameters=self.parameters.model_dump(),
+            claims=list(self._claims.values()),
+            metrics=self._metrics,
+            models=self._models,
+            artifacts=self._artifacts,
+            commit=commit,
+            dirty=dirty,
+            code=code_version(),
+            notebook=cells_hash(self._cells[self._first_cell :]),
+            versions=versions(),
+            started=self._started,
+            seconds=round(time.monotonic() - self._clock, 1),
             peak_memory_mb=round(_peak_memory_mb(), 1),
         )
-        _write(self.folder / "record.json", (record.model_dump_json(indent=1) + "\n").encode())
+        write_whole(self.folder / "record.json", (record.model_dump_json(indent=1) + "\n").encode())
+        self._lock.release()
         return ClaimsTable(record.claims)
 
     def _artifact(self, name: str, data: bytes, alt: str = "") -> None:
-        _write(self.folder / name, data)
+        write_whole(self.folder / name, data)
         self._artifacts[name] = Artifact(sha256=hashlib.sha256(data).hexdigest(), alt=alt)
+
+    def _check_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise ParameterError(
+                f"out_dir: {self.folder} can not be written to ({reason}); name another folder"
+            ) from None
+        try:
+            study = json.loads((self.folder / "record.json").read_bytes())["study"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return  # no record, or a broken one, which this run replaces
+        if study != self.name:
+            raise ParameterError(f"out_dir: {self.folder} holds a run of {study}; name another folder")
 
     def _reopen(self) -> None:
         # No record may describe a run that is not finished, an earlier one in this folder included.
+        if holder := self._lock.take():
+            raise ParameterError(
+                f"out_dir: another run ({holder}) is at work in {self.folder}; wait for it, end its "
+                "kernel, or name another folder"
+            )
         (self.folder / "record.json").unlink(missing_ok=True)
+
+
+class Lock:
+    """A file that one process at a time holds, and that is there while it does.
+
+    It does not hold up the process that has it, whoever took it there: a setup cell may run again, of an
+    edited lib as well.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._handle = self._process = -1
+
+    def take(self) -> str:
+        """Hold the file until `release` or the end of the process; returns "", or who holds it."""
+        if fcntl is None or self._is_held():
+            return ""
+        while not self._is_held():
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._handle, self._process = handle, os.getpid()
+                if self._is_held():
+                    break
+                os.close(handle)  # whoever had it removed the file after it was opened here
+            except BlockingIOError:
+                process, _, theirs = os.pread(handle, 100, 0).decode().partition(" ")
+                os.close(handle)
+                if process != str(os.getpid()):
+                    return f"process {process}" if process else "another process"
+                self._handle, self._process = int(theirs), os.getpid()
+            except OSError:  # no locks on this file system
+                os.close(handle)
+                self.path.unlink(missing_ok=True)
+                return ""
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, f"{os.getpid()} {self._handle}".encode(), 0)
+        atexit.register(self.release)
+        return ""
+
+    def release(self) -> None:
+        """Let go of the file, and remove it."""
+        if self._is_held():
+            self.path.unlink()
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+            os.close(self._handle)
+            self._handle = -1
+
+    def _is_held(self) -> bool:
+        if self._process != os.getpid():  # never, or by the process that this one was forked from
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._handle), os.stat(self.path))
+        except OSError:
+            return False
 
 
 class Cache:
@@ -225,6 +337,7 @@ class Cache:
     def __init__(self, folder: str | Path | None = None, enabled: bool = True):
         self.folder = ROOT / Path(folder or os.environ.get("CACHE_DIR") or ".cache").expanduser()
         self.enabled = enabled
+        self._is_usable = True
 
     def get(
         self, name: str, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
@@ -234,19 +347,29 @@ class Cache:
         Args:
             name: of the result, readable; part of the key.
             key: all that `compute` depends on besides code: parameters, weight hash, condition, device.
-                Plain values and arrays. The code of lib, that of `compute` and of the notebook's functions
-                that it calls, and the versions of torch, numpy, transformers and nnsight are added.
-            compute: returns arrays by name.
+                Plain values and arrays. The code of lib and the versions of torch, numpy, transformers and
+                nnsight are added.
+            compute: a function of lib; returns arrays by name. For any other one the key needs an entry
+                `code`, which changes when its code does.
 
         Returns:
-            Arrays by name. A damaged entry is reported on stderr and computed again.
+            Arrays by name. A damaged entry is reported on stderr and computed again. So is, once, a folder
+            that can not be read or written, whose results are not kept.
+
+        Raises:
+            ValueError: a function of another place and a key without `code`.
+            TypeError: a key or results that are neither plain nor arrays.
         """
+        if "code" not in key and _module_of(compute).split(".")[0] != __package__:
+            raise ValueError(
+                f"cache {name}: {_module_of(compute)} is not of lib, whose code is part of every key; give "
+                "the key an entry code that changes when the code does"
+            )
         if not self.enabled:
             return _arrays(name, compute())
-        full_key = _canonical_json({
-            "name": name, "key": key, "code": code_version(), "compute": _function_code(compute),
-            "versions": _versions(_CACHE_PACKAGES),
-        })
+        full_key = _canonical_json(
+            {"name": name, "key": key, "code": code_version(), "versions": _versions(_CACHE_PACKAGES)}
+        )
         path = self.folder / f"{name}-{hashlib.sha256(full_key.encode()).hexdigest()[:32]}.npz"
         try:
             stored = _read_entry(path.read_bytes(), full_key)
@@ -254,11 +377,22 @@ class Cache:
             return stored
         except FileNotFoundError:
             pass
+        except OSError as error:
+            self._say_unusable(error)
         except Exception as error:  # whatever a damaged file makes numpy and zipfile raise
             print(f"cache: {path} is damaged ({error}); computing it again", file=sys.stderr)
         arrays = _arrays(name, compute())
-        _write(path, _entry(arrays, full_key))
+        try:
+            write_whole(path, _entry(arrays, full_key))
+        except OSError as error:
+            self._say_unusable(error)
         return arrays
+
+    def _say_unusable(self, error: OSError) -> None:
+        if self._is_usable:
+            reason = error.strerror or error
+            print(f"cache: {self.folder} can not be used ({reason}); results are not kept", file=sys.stderr)
+        self._is_usable = False
 
 
 def figures_folder() -> Path:
@@ -266,19 +400,25 @@ def figures_folder() -> Path:
     return ROOT / Path(os.environ.get("FIGURES_DIR") or "figures").expanduser()
 
 
-def read_records(folder: str | Path | None = None) -> list[Record]:
-    """Valid records of all studies, in order.
+def record_paths(folder: str | Path | None = None) -> dict[str, Path]:
+    """The record.json of every study, by the name of its folder, in order.
 
     Args:
         folder: holds STUDY/record.json; None for `figures_folder()`, and for a study without a record
             there, the one that came with the repository.
     """
-    folders = [Path(folder)] if folder else [figures_folder(), ROOT / "figures"]
-    found: dict[str, Record] = {}
-    for path in (path for each in folders for path in sorted(each.glob("*/record.json"))):
-        if path.parent.name not in found:
-            found[path.parent.name] = validate_record(path)
-    return [found[study] for study in sorted(found)]
+    folders = [Path(folder)] if folder else [ROOT / "figures", figures_folder()]
+    found = {path.parent.name: path for each in folders for path in each.glob("*/record.json")}
+    return dict(sorted(found.items()))
+
+
+def read_records(folder: str | Path | None = None) -> list[Record]:
+    """Valid records of all studies, in order; see `record_paths` for where they are.
+
+    Raises:
+        RecordError: naming the file and what is wrong with it.
+    """
+    return [validate_record(path) for path in record_paths(folder).values()]
 
 
 def validate_record(path: str | Path) -> Record:
@@ -348,45 +488,37 @@ def _short_hash(text: str) -> str:
 _SOURCES_AT_IMPORT = _sources_hash()
 
 
-def _function_code(function: Callable) -> str:
-    """Hash over a function's bytecode and that of the functions of its own module that it calls.
-
-    Functions of lib are in `code_version`; those that a notebook defines are nowhere else.
-    """
-    home = _unwrapped(function).__module__
-    texts, seen, waiting = [], set(), [function]
-    while waiting:
-        here = _unwrapped(waiting.pop())
-        code = getattr(here, "__code__", None)
-        if code is None or code in seen or here.__module__ != home:
-            continue
-        seen.add(code)
-        names: set[str] = set()
-        texts.append(_code_text(code, names))
-        cells = inspect.getclosurevars(here).nonlocals if here.__closure__ else {}
-        found = [cells.get(name, here.__globals__.get(name)) for name in sorted({*names, *code.co_freevars})]
-        waiting += [value for value in found if isinstance(value, types.FunctionType | functools.partial)]
-    return _short_hash("\n".join(texts))
+def cells_hash(sources: Iterable[str]) -> str | None:
+    """Hash over the code cells of a notebook, as a file or IPython holds them; None if there are none."""
+    cells = [source.rstrip() for source in sources]
+    return _short_hash(json.dumps(cells)) if cells else None
 
 
-def _unwrapped(function: Callable) -> Callable:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **_versions(_PACKAGES)}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file in one step: whoever looks sees the old one, the new one, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _module_of(function: Callable) -> str:
     while isinstance(function, functools.partial):
         function = function.func
-    return function
-
-
-def _code_text(code: types.CodeType, names: set[str]) -> str:
-    """Bytecode and constants, without line numbers and addresses; collects the names it refers to."""
-    names.update(code.co_names)
-    parts = [code.co_code.hex(), repr(code.co_names)]
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            parts.append(_code_text(constant, names))
-        elif isinstance(constant, frozenset):
-            parts.append(repr(sorted(map(repr, constant))))
-        else:
-            parts.append(repr(constant))
-    return "\n".join(parts)
+    return function.__module__
 
 
 def _canonical_json(value: Any) -> str:
@@ -401,8 +533,11 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, np.ndarray):
         array = np.ascontiguousarray(value)
-        return {"shape": list(array.shape), "dtype": array.dtype.str,
-                "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
+        return {
+            "shape": list(array.shape),
+            "dtype": array.dtype.str,
+            "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+        }
     if isinstance(value, BaseModel):
         value = value.model_dump()
     if isinstance(value, Path):
@@ -457,25 +592,15 @@ def _svg(fig: Any, alt: str) -> bytes:
 
 def _png(fig: Any, alt: str) -> bytes:
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=150, facecolor="white", bbox_inches="tight",
-                metadata={"Software": None, "Description": alt})
+    fig.savefig(
+        buffer,
+        format="png",
+        dpi=150,
+        facecolor="white",
+        bbox_inches="tight",
+        metadata={"Software": None, "Description": alt},
+    )
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file in one step: whoever looks sees the old one, the new one, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

@@ -66,10 +66,10 @@ def test_time_left_does_not_count_on_what_was_read_from_the_cache(time_goes, lin
 
     cache = Cache(tmp_path / "cache")
     for i in range(6):
-        cache.get("unit", {"i": i}, compute)
+        cache.get("unit", {"code": 1, "i": i}, compute)
     with counting("units", 10) as count:
         for i in range(10):
-            cache.get("unit", {"i": i}, compute)
+            cache.get("unit", {"code": 1, "i": i}, compute)
             count(1)
     assert lines()[0] == "units 7/10, 0:15 left" and lines()[-1] == "units 10/10 in 0:20"
 

@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ import pytest
 import lib.record
 from lib import ROOT
 from lib.claims import Claim
-from lib.parameters import InductionAblation, ParameterError
-from lib.record import Cache, RecordError, Study, read_records, validate_record
+from lib.parameters import InductionAblation, NeighborMixing, ParameterError
+from lib.record import Cache, RecordError, Study, read_records, record_paths, validate_record
 
-KEY = {"seq_len": 200, "weights": "abc", "ks": [1, 2]}
+KEY = {"code": "of this file", "seq_len": 200, "weights": "abc", "ks": [1, 2]}
 
 
 @pytest.fixture
@@ -67,8 +69,13 @@ def test_second_run_reads_what_the_first_computed(tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [{**KEY, "seq_len": 201}, {**KEY, "weights": "abd"}, {**KEY, "ks": [2, 1]}, {**KEY, "ks": [1.0, 2]},
-     {**KEY, "mask": np.eye(2)}],
+    [
+        {**KEY, "seq_len": 201},
+        {**KEY, "weights": "abd"},
+        {**KEY, "ks": [2, 1]},
+        {**KEY, "ks": [1.0, 2]},
+        {**KEY, "mask": np.eye(2)},
+    ],
 )
 def test_another_key_is_another_result(tmp_path, other):
     compute = Counted()
@@ -81,7 +88,7 @@ def test_another_key_is_another_result(tmp_path, other):
 def test_arrays_in_a_key_count_by_content(tmp_path):
     compute = Counted()
     for mask in (np.eye(2), np.eye(2), np.eye(2, dtype=bool), np.eye(2).reshape(-1)):
-        Cache(tmp_path).get("sweep", {"mask": mask}, compute)
+        Cache(tmp_path).get("sweep", KEY | {"mask": mask}, compute)
     assert compute.calls == 3
 
 
@@ -97,25 +104,24 @@ def test_code_and_library_versions_are_part_of_the_key(tmp_path, monkeypatch):
     assert compute.calls == 3
 
 
-def test_function_of_the_notebook_is_part_of_the_key(tmp_path):
-    def results(source: str) -> float:
-        notebook = {"__name__": "__main__", "np": np}
-        exec(source, notebook)
-        return Cache(tmp_path).get("sweep", KEY, notebook["compute"])["x"].item()
-
-    source = "def scale(x):\n    return {} * x\ncompute = lambda: {{'x': np.array(scale(2))}}"
-    assert results(source.format(1)) == 2
-    assert results(source.format(10)) == 20, "an edited helper that the computation calls was not noticed"
-    assert results("# comment\n\n" + source.format(1)) == 2
-    assert len(list(tmp_path.iterdir())) == 2, "a moved line made another entry"
+def test_function_whose_code_is_in_no_key_is_refused(tmp_path):
+    computes = [Counted(), lambda: {"x": 1}, functools.partial(Counted().__call__)]
+    for enabled in (True, False):
+        for compute in computes:
+            with pytest.raises(
+                ValueError, match="cache sweep: test_record is not of lib, whose code"
+            ):
+                Cache(tmp_path, enabled).get("sweep", {"seq_len": 200}, compute)
+    compute = functools.partial(lib.record._arrays, "x", {"x": [1]})
+    assert Cache(tmp_path).get("sweep", {"seq_len": 200}, compute)["x"].tolist() == [1]
 
 
 def test_partial_computes_under_its_function(tmp_path):
     def compute(x):
         return {"x": np.array(x)}
 
-    assert Cache(tmp_path).get("a", {"x": 1}, functools.partial(compute, 1))["x"] == 1
-    assert Cache(tmp_path).get("a", {"x": 2}, functools.partial(compute, 2))["x"] == 2
+    assert Cache(tmp_path).get("a", KEY | {"x": 1}, functools.partial(compute, 1))["x"] == 1
+    assert Cache(tmp_path).get("a", KEY | {"x": 2}, functools.partial(compute, 2))["x"] == 2
 
 
 def test_edit_of_lib_in_a_running_process_gives_a_version_of_its_own(monkeypatch):
@@ -143,7 +149,7 @@ def test_modules_that_compute_use_no_other_ones_but_to_count_keep_name_and_compl
 @pytest.mark.parametrize("value", [float("nan"), {1: 2}, object(), {"x": {3}}])
 def test_key_that_json_would_change_is_refused(tmp_path, value):
     with pytest.raises((TypeError, ValueError)):
-        Cache(tmp_path).get("sweep", {"value": value}, Counted())
+        Cache(tmp_path).get("sweep", KEY | {"value": value}, Counted())
     assert not list(tmp_path.iterdir())
 
 
@@ -160,7 +166,7 @@ def test_flip_of_any_bit_is_noticed_and_named(tmp_path, capsys):
     good = entry.read_bytes()
     places = [*range(0, len(good), 7), len(good) - 1]
     for calls, place in enumerate(places, start=2):
-        entry.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1:])
+        entry.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
         np.testing.assert_array_equal(cache.get("sweep", KEY, compute)["a"], compute.arrays["a"])
         assert compute.calls == calls, f"flip in byte {place} was not noticed"
         assert str(entry) in capsys.readouterr().err
@@ -183,7 +189,7 @@ def test_entry_of_another_key_is_not_taken(tmp_path, capsys):
     cache, compute = Cache(tmp_path), Counted()
     cache.get("sweep", KEY, compute)
     [mine] = tmp_path.iterdir()
-    cache.get("sweep", {"other": 1}, compute)
+    cache.get("sweep", KEY | {"other": 1}, compute)
     [other] = set(tmp_path.iterdir()) - {mine}
     other.replace(mine)
     cache.get("sweep", KEY, compute)
@@ -206,7 +212,7 @@ def test_cache_turned_off_neither_reads_nor_writes(tmp_path):
 
 def _write_and_read(folder: str, worker: int) -> bool:
     expected = np.full(200_000, 1.0)
-    results = [Cache(folder).get("shared", {"i": i}, lambda: {"x": expected})["x"] for i in range(5)]
+    results = [Cache(folder).get("shared", KEY | {"i": i}, lambda: {"x": expected})["x"] for i in range(5)]
     return all((result == expected).all() for result in results)
 
 
@@ -228,7 +234,7 @@ for condition in range(6):
             os.kill(os.getpid(), 9)
         print("computed", condition)
         return {"x": np.random.default_rng(condition).normal(size=1000)}
-    total += Cache(sys.argv[1]).get("sweep", {"condition": condition}, compute)["x"].sum()
+    total += Cache(sys.argv[1]).get("sweep", {"code": 1, "condition": condition}, compute)["x"].sum()
     sys.stdout.flush()
 print("total", repr(total))
 """
@@ -254,6 +260,26 @@ def test_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
     monkeypatch.delenv("CACHE_DIR")
     assert Cache().folder == ROOT / ".cache"
+
+
+@pytest.mark.parametrize("place", ["file", "below a file"])
+def test_cache_that_can_not_be_used_is_told_once_and_what_was_computed_is_returned(tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / ("file" if place == "file" else "file/cache"))
+    for value in (1, 2):
+        assert cache.get("sweep", KEY | {"x": value}, lambda value=value: {"x": value})["x"] == value
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"cache: {cache.folder} can not be used (Not a directory); results are not kept"]
+
+
+def test_full_disk_costs_no_result(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert Cache(tmp_path).get("sweep", KEY, Counted(x=1))["x"] == 1
+    assert "can not be used (No space left on device)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # --- study and record
@@ -335,7 +361,108 @@ def test_record_that_can_not_be_written_leaves_none(study, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         study.close()
-    assert list(study.folder.iterdir()) == []
+    assert list(study.folder.glob("[!.]*")) == []
+
+
+def test_folder_of_another_study_is_left_as_it_is(study, figure, tmp_path):
+    path = finish(study, figure)
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with pytest.raises(
+        ParameterError, match="^out_dir: .* holds a run of 01_induction_ablation; name"
+    ):
+        Study(NeighborMixing, {"out_dir": str(path.parent)})
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_folder_that_can_not_be_written_to_is_said_before_anything_is_computed(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ParameterError, match="^out_dir: .*/file.* can not be written to .*; name another"
+    ):
+        Study(InductionAblation, {"out_dir": str(tmp_path / place)})
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_read_only_folder_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write to any folder
+    with pytest.raises(ParameterError, match=r"can not be written to \(Permission denied\)"):
+        Study(InductionAblation, {"out_dir": str(tmp_path / "out")})
+
+
+def test_what_a_killed_run_left_half_written_goes(study, figure):
+    killed = """import os, sys
+from lib.record import os, write_whole
+from pathlib import Path
+os.replace = lambda *_: os.kill(os.getpid(), 9)
+write_whole(Path(sys.argv[1]), b"numbers")"""
+    subprocess.run([sys.executable, "-c", killed, study.folder / "accuracy.npz"])
+    [left] = study.folder.glob(".accuracy.npz.*")
+    path = finish(Study(InductionAblation, {}), figure)
+    assert not left.exists() and not list(path.parent.glob(".*"))
+
+
+RUN = """import sys
+from lib.parameters import InductionAblation
+from lib.record import Study
+study = Study(InductionAblation, {})
+print("at work", flush=True)
+for line in sys.stdin:
+    exec(line)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def other_run(figures):
+    """A run of the study in a process of its own, which executes lines."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "at work\n"
+
+    def execute(line: str) -> None:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n"
+
+    yield SimpleNamespace(process=process, execute=execute)
+    process.kill()
+    process.communicate()
+
+
+def test_two_runs_at_once_do_not_share_a_folder(other_run, figure):
+    message = (
+        rf"another run \(process {other_run.process.pid}\) is at work in .*; wait for it, end its"
+    )
+    with pytest.raises(ParameterError, match=f"^out_dir: {message} kernel, or name another folder$"):
+        Study(InductionAblation, {})
+    other_run.execute("study.close()")
+    validate_record(lib.record.figures_folder() / InductionAblation.study / "record.json")
+    study = Study(InductionAblation, {})  # one that has finished is in nobody's way
+    finish(study, figure)
+    other_run.execute("study.metric('more', 1.0)")  # a cell that is run again
+    with pytest.raises(ParameterError, match=message):
+        study.metric("more", 1.0)
+
+
+def test_run_that_was_killed_is_in_nobodys_way(other_run, figure):
+    other_run.process.kill()
+    other_run.process.wait()
+    validate_record(finish(Study(InductionAblation, {}), figure))
+
+
+def test_setup_cell_may_run_again(study, figure, monkeypatch):
+    again = Study(InductionAblation, {})
+    study.close()  # the older one lets go of what both have
+    finish(again, figure)
+    with monkeypatch.context() as patch:  # as if lib had been imported anew
+        patch.setattr(lib.record, "Lock", type("Lock", (), dict(vars(lib.record.Lock))))
+        path = finish(Study(InductionAblation, {}), figure)
+    assert {file.name for file in path.parent.iterdir() if file.name[0] == "."} == set()
 
 
 def test_out_dir_is_taken_from_the_repository_root(tmp_path, monkeypatch):
@@ -377,8 +504,11 @@ def test_same_figure_has_the_same_bytes_in_another_process(tmp_path):
         "study.figure(fig, 'f', alt='A line', x=[0, 1])"
     )
     for seed in ("1", "2"):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], check=True,
-                       env={**os.environ, "PYTHONHASHSEED": seed})
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / seed)],
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
     for name in ("f.svg", "f.png", "f.npz"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
@@ -437,6 +567,15 @@ def test_records_are_read_in_order(figures, figure):
         study = Study(InductionAblation, {"out_dir": str(figures / name)})
         study.close()
     assert len(read_records(figures)) == 2
+    assert list(record_paths(figures)) == ["01_a", "02_b"]
     (figures / "01_a" / "record.json").write_text("{")
     with pytest.raises(RecordError, match="01_a"):
         read_records(figures)
+
+
+def test_record_that_came_with_the_repository_can_be_told_from_ones_own(figures):
+    Study(InductionAblation, {}).close()
+    paths = record_paths()
+    assert [record.study for record in read_records()] == list(paths)
+    own = [study for study, path in paths.items() if path.is_relative_to(figures)]
+    assert own == ["01_induction_ablation"] and len(paths) > 4
