@@ -18,7 +18,7 @@ batch, so that nothing is padded or masked. `lib.readings` looks inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -32,7 +32,7 @@ from lib.batches import Batches, auto_rows
 from lib.codi_checkpoint import CodiModel
 from lib.generation import end_tokens
 from lib.models import provenance, shape
-from lib.problems import Problem, carried_answer, extract_answer, question_numbers, twin_indices
+from lib.problems import Problem, carried_answer, extract_answer, question_numbers, twin_indices, twins
 from lib.progress import counting
 from lib.record import Cache
 
@@ -83,6 +83,21 @@ def parity(values: np.ndarray) -> np.ndarray:
     return fed[..., ::2].mean(-1) - fed[..., 1::2].mean(-1)
 
 
+def alternation(values: np.ndarray) -> np.ndarray:
+    """How far values [..., thought] rise and fall from one thought to the next [...].
+
+    Mean over z_k between two others of (-1)^k (x_k - (x_{k-1} + x_{k+1}) / 2); positive where even ones rise.
+
+    1 for 1, 0, 1, 0, ... and 0 for a straight line. One thought that stands out, which `parity` takes for a
+    rhythm, counts for little: z_0 alone of seven is .1.
+    """
+    if values.shape[-1] < 3:
+        raise ValueError(f"{values.shape[-1]} thoughts have none between two others; think 2 or more")
+    bends = values[..., 1:-1] - (values[..., :-2] + values[..., 2:]) / 2
+    signs = np.where(np.arange(1, values.shape[-1] - 1) % 2, -1, 1)
+    return (signs * bends).mean(-1)
+
+
 # -- thoughts and answers --------------------------------------------------------------------------
 
 
@@ -128,7 +143,7 @@ class Answers:
         return np.isclose(self.values, np.asarray(wanted, dtype=float), rtol=1e-9, atol=1e-9)
 
     def with_steps(self) -> np.ndarray:
-        """Whether steps were written before the number, bool [variant, problem]: several numbers in a text."""
+        """Whether steps stand before the number, bool [variant, problem]: several numbers in a text."""
         return np.array([[len(question_numbers(text)) > 1 for text in row] for row in self.texts])
 
 
@@ -211,9 +226,15 @@ def twin_patches(
     return [_replacing("twin's", chosen, thoughts, values) for chosen in sets]
 
 
-def mean_ablations(thoughts: Thoughts, sets: Sequence[Sequence[int]]) -> list[Variant]:
-    """For each set of k the variant in which these z_k are their means over the problems."""
+def mean_ablations(
+    thoughts: Thoughts, sets: Sequence[Sequence[int]], groups: Sequence[Hashable] | None = None
+) -> list[Variant]:
+    """For each set of k the variant in which these z_k are their means over the problems, or over those of
+    the same group [problem]."""
     values = thoughts.z.mean(0, keepdims=True)
+    if groups is not None:
+        labels = np.array(groups)
+        values = np.stack([thoughts.z[labels == label].mean(0) for label in labels])
     return [_replacing("mean", chosen, thoughts, values) for chosen in sets]
 
 
@@ -223,15 +244,18 @@ class CausalRole(NamedTuple):
     Attributes:
         twin: with the twin's thoughts the answer is the twin's.
         carried: with the twin's thoughts it is the problem's own last step on the twin's intermediate result
-            (`lib.problems.carried_answer`): thoughts carry that result, and no more.
+            (`lib.problems.carried_answer`), or, where there is one step alone, that step on the twin's start:
+            thoughts carry that number, and no more.
         kept: with the twin's thoughts it is the problem's own all the same.
-        lost: with the mean thoughts of all problems it is right no more.
+        lost: with the mean thoughts of problems of as many steps it is right no more.
+        lost_any: with the mean thoughts of all problems.
     """
 
     twin: np.ndarray
     carried: np.ndarray
     kept: np.ndarray
     lost: np.ndarray
+    lost_any: np.ndarray
 
 
 def causal_role(
@@ -255,14 +279,16 @@ def causal_role(
     wanted = np.array([problem.answer for problem in problems])
     right = thoughts.answers.equal(wanted)[0]
     paired = all(problem.twin is not None for problem in problems)
-    variants = mean_ablations(thoughts, sets)
+    n_steps = [len(problem.equations) for problem in problems]
+    variants = [*mean_ablations(thoughts, sets, n_steps), *mean_ablations(thoughts, sets)]
     if paired:
         variants += twin_patches(problems, thoughts, sets)
     questions = [problem.question for problem in problems]
     found = answer(codi, questions, variants, batch_size=batch_size, cache=cache)
     n, shape_ = len(sets), (len(sets), len(problems))
     role = CausalRole(*(np.full(shape_, np.nan) for _ in CausalRole._fields))
-    role.lost[:, right] = ~found.equal(wanted)[:n, right]
+    lost = ~found.equal(wanted)
+    role.lost[:, right], role.lost_any[:, right] = lost[:n, right], lost[n : 2 * n, right]
     if paired:
         twin = twin_indices(problems)
         carried = np.array(
@@ -271,8 +297,62 @@ def causal_role(
         both = right & right[twin]
         for effect, expected in zip(role, (wanted[twin], carried, wanted), strict=False):
             told = both & np.isfinite(expected)
-            effect[:, told] = found.equal(expected)[n:, told]
+            effect[:, told] = found.equal(expected)[2 * n :, told]
     return role
+
+
+class PlanRole(NamedTuple):
+    """Whether an answer stays the problem's own with thoughts of a problem that is no twin of it and has as
+    many steps [set, problem]: 1 or 0, NaN for a problem that cannot tell.
+
+    Twins share their text, so patches between them say nothing of what thoughts know of it.
+
+    Attributes:
+        same: the other problem's steps have the same operations.
+        other: they have not.
+    """
+
+    same: np.ndarray
+    other: np.ndarray
+
+
+def plan_role(
+    codi: CodiModel,
+    problems: Sequence[Problem],
+    thoughts: Thoughts,
+    sets: Sequence[Sequence[int]],
+    *,
+    seed: int = 0,
+    batch_size: int = 0,
+    cache: Cache | None = None,
+) -> PlanRole:
+    """Patching of sets of thoughts from strangers, of problems that are answered right by problems that are.
+
+    Args:
+        thoughts, sets: as for `causal_role`.
+        seed: of the strangers.
+    """
+    wanted = np.array([problem.answer for problem in problems])
+    right = thoughts.answers.equal(wanted)[0]
+    rng, variants, told = np.random.default_rng(seed), [], []
+    for alike in (True, False):
+        donors = np.full(len(problems), -1)
+        for i, problem in enumerate(problems):
+            strangers = [
+                j
+                for j, other in enumerate(problems)
+                if right[j] and i != j and not twins(problem, other)
+                and len(other.equations) == len(problem.equations)
+                and (other.operations == problem.operations) == alike
+            ]  # fmt: skip
+            if strangers:
+                donors[i] = rng.choice(strangers)
+        variants += [_replacing("stranger's", chosen, thoughts, thoughts.z[donors]) for chosen in sets]
+        told.append(right & (donors >= 0))
+    questions = [problem.question for problem in problems]
+    found = answer(codi, questions, variants, batch_size=batch_size, cache=cache).equal(wanted)
+    halves = np.split(found, 2)
+    return PlanRole(*(np.where(known, half, np.nan) for half, known in zip(halves, told, strict=True)))
 
 
 def _replacing(what: str, chosen: Sequence[int], thoughts: Thoughts, values: np.ndarray) -> Variant:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib.kernel import PlainError
+from lib.statistics import known_mean
 
 _DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _UNSIGNED = re.compile(_DIGITS)
@@ -111,6 +112,12 @@ class Problem:
     def numbers(self) -> tuple[Number, ...]:
         """The numbers in the question, in order."""
         return question_numbers(self.question)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Operation of each step, the first one of several; "" for a step without any."""
+        signs = (re.search(r"[-+*/]", equation.left.lstrip("-")) for equation in self.equations)
+        return tuple(sign[0] if sign else "" for sign in signs)
 
     @property
     def intermediate_results(self) -> tuple[float, ...]:
@@ -230,6 +237,11 @@ def first_problems(problems: Sequence[Problem], n: int) -> list[Problem]:
     return [problem for i, problem in enumerate(problems) if i in kept]
 
 
+def twins(problem: Problem, other: Problem) -> bool:
+    """Whether one names the other as its twin."""
+    return problem.twin == other.id or other.twin == problem.id
+
+
 def twin_indices(problems: Sequence[Problem]) -> np.ndarray:
     """Index of every problem's twin, int [problem].
 
@@ -244,23 +256,45 @@ def twin_indices(problems: Sequence[Problem]) -> np.ndarray:
     return np.array([place[problem.twin] for problem in problems], dtype=int)
 
 
+def pair_means(problems: Sequence[Problem], values: np.ndarray) -> np.ndarray:
+    """Mean of the known values [problem, ...] of each pair of twins [pair, ...], NaN where neither is known.
+
+    Twins share their text, and what is true of one tends to be true of the other: pairs are what a bootstrap
+    draws. A problem whose twin is not among these is a pair by itself.
+    """
+    place = {problem.id: i for i, problem in enumerate(problems)}
+    pairs: dict[int, list[int]] = {}
+    for i, problem in enumerate(problems):
+        pairs.setdefault(min(i, place.get(problem.twin, i)), []).append(i)
+    values = np.asarray(values, dtype=float)
+    return np.stack([known_mean(values[members], 0) for members in pairs.values()])
+
+
 def carried_answer(problem: Problem, other: Problem) -> float:
     """The problem's last step on the other's last intermediate result, as if only that were exchanged.
 
-    NaN for problems without intermediate result, or whose last step is not one operation on that result and
-    a number.
+    Where there is one step alone, on the other's first operand in place of its own: what the last step starts
+    from. NaN for problems of which one has intermediate results and the other has none, or whose last step is
+    not one operation on that start and a number.
     """
-    if len(problem.equations) < 2 or len(other.equations) < 2:
+    if (len(problem.equations) < 2) != (len(other.equations) < 2) or not problem.equations:
         return float("nan")
-    last, own = problem.equations[-1], problem.equations[-2].result
+    last, own = problem.equations[-1], _start(problem)
     sign = re.fullmatch(rf"\s*(?:{_DIGITS})\s*([-+*/])\s*(?:{_DIGITS})\s*", last.left)
     if not sign or last.operands.count(own) != 1:
         return float("nan")
-    exchanged = other.equations[-2].result
+    exchanged = _start(other)
     left, right = (exchanged if value == own else value for value in last.operands)
     if sign[1] == "/":
         return left / right if right else float("nan")
     return {"+": left + right, "-": left - right, "*": left * right}[sign[1]]
+
+
+def _start(problem: Problem) -> float:
+    """What the last step starts from: the result before it, else its first operand."""
+    if len(problem.equations) > 1:
+        return problem.equations[-2].result
+    return next(iter(problem.equations[0].operands), float("nan"))
 
 
 # -- parsing ---------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ at z_0 .. z_n: attention, averaged and by category of token, the lens at any lay
 map is kept: the rows that are wanted are summed as layers pass.
 
 Attention to "operands" means little without what it is compared with. Every reading has the share of tokens
-of each category (`base`), the masses with the numbers of another problem of equal length (`null`), and the
-first token as a category of its own (sink), because models rest their attention there.
+of each category (`base`), the masses with the numbers of another problem of equal length and as many steps
+(`null`), and the first token as a category of its own (sink), because models rest their attention there.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from lib.batches import auto_batch_size
 from lib.codi_checkpoint import CodiModel
 from lib.latents import check_known, check_questions, over_batches
 from lib.models import eager_attention, shape
-from lib.problems import Problem
+from lib.problems import Problem, twins
 from lib.record import Cache
+from lib.statistics import known_mean
 
 # Of every token that a row can attend to. The first five are of the question.
 SHARED = ("sink", "operand", "other operand", "distractor", "text")
 SINK, OPERAND, OTHER, DISTRACTOR, TEXT = range(len(SHARED))
-TEXT_CATEGORIES = (*SHARED, "this step", "earlier result", "CoT", "answer prompt", "self")
+TEXT_CATEGORIES = (
+    *SHARED, "written operand", "this step", "earlier result", "CoT", "answer prompt", "self"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Reading:
         attention: mean over all layers and heads, float32 [problem][row, token].
         kinds: category of each token seen from each row, -1 for those to come, int8 [problem][row, token].
         mass: attention by category, float32 [problem, layer, head, row, category].
-        null: the same with the numbers of another problem of equal length; NaN where there is none.
+        null: the same with the numbers of another problem of equal length and as many steps, no twin; NaN
+            where there is none.
         base: share of the tokens up to the row by category, float32 [problem, row, category].
         z: final hidden states, float32 [problem, row, d_model].
         layers: after which blocks the lens was put.
@@ -84,6 +88,9 @@ class TeacherText(NamedTuple):
 
     ids: list[int]
     steps: list[range]  # tokens of each step
+    operands: list[
+        list[int]
+    ]  # tokens of each step's copies of its operands, none where it is its result alone
     results: list[range]  # tokens of each step's result
     prompt: range  # tokens of the answer prompt; the last one writes the answer
 
@@ -188,13 +195,14 @@ def measure_text(
         others: as for `measure`.
 
     Returns:
-        Reading; without `rows` its rows are "step 0", "step 1", ..., "answer". A row's step is the one whose
-        result it writes, else the one that it stands in. "this step" are the tokens of that step up to the
-        row, "earlier result" the results of the steps before it, "CoT" their other tokens.
+        Reading; without `rows` its rows are "step 1", "step 2", ..., "answer". A row's step is the one whose
+        result it writes, else the one that it stands in. "written operand" are the numbers of the solution
+        that this step takes, its copies of operands and the result before it; "this step" are its other
+        tokens up to the row, "earlier result" the other results, "CoT" other tokens of the steps before it.
     """
     texts = [teacher_text(codi, problem) for problem in problems]
     deepest = max((len(text.steps) for text in texts), default=0)
-    names = (*(f"step {step}" for step in range(deepest)), "answer")
+    names = (*(f"step {step}" for step in range(1, deepest + 1)), "answer")
     if rows is None:
         rows = [
             [
@@ -216,11 +224,16 @@ def measure_text(
         for row, of in zip(chosen, kinds, strict=True):
             current = next((step for step, span in enumerate(text.steps) if row in span), -1)
             current = writes.get(row, current)
-            steps.append(len(problem.equations) - 1 if row in text.prompt else current)
+            current = len(problem.equations) - 1 if row in text.prompt else current
+            steps.append(current)
+            taken = problem.equations[current].operands if current >= 0 else ()
             for step, (span, results) in enumerate(zip(text.steps, text.results, strict=True)):
                 of[span] = TEXT_CATEGORIES.index("this step" if step == current else "CoT")
                 if step != current:
-                    of[results] = TEXT_CATEGORIES.index("earlier result")
+                    was_taken = problem.equations[step].result in taken
+                    of[results] = TEXT_CATEGORIES.index("written operand" if was_taken else "earlier result")
+                else:
+                    of[text.operands[step]] = TEXT_CATEGORIES.index("written operand")
             of[text.prompt] = TEXT_CATEGORIES.index("answer prompt")
         shown = [codi.token_texts[token] for token in text.ids]
         sequences.append(_Sequence(text.ids, [int(row) for row in chosen], kinds, steps, shown))
@@ -235,7 +248,7 @@ def teacher_text(codi: CodiModel, problem: Problem) -> TeacherText:
         ValueError: a word or a sign that the model has no token for.
     """
     question = codi.ids(problem.question)
-    text, steps, results = "", [], []
+    text, steps, operands, results = "", [], [], []
     for equation in problem.equations[:-1]:
         text += " " if text else ""
         before = {
@@ -244,6 +257,8 @@ def teacher_text(codi: CodiModel, problem: Problem) -> TeacherText:
             "compact": f"<<{equation.left}=",
         }[codi.cot]
         after = {"operators": " >>", "results": " ;", "compact": ">>"}[codi.cot]
+        copies = re.finditer(r"[\d.,]*\d", before)
+        operands.append([(len(text) + copy.start(), len(text) + copy.end()) for copy in copies])
         start = len(text) + len(before)
         results.append((start, start + len(equation.right)))
         steps.append((len(text), len(text) + len(before + equation.right + after)))
@@ -260,6 +275,7 @@ def teacher_text(codi: CodiModel, problem: Problem) -> TeacherText:
     return TeacherText(
         [*question, *ids, *prompt],
         [positions(span) for span in steps],
+        [[token for span in spans for token in positions(span)] for spans in operands],
         [positions(span) for span in results],
         range(end, end + len(prompt)),
     )
@@ -441,13 +457,15 @@ def _kinds(
 
 
 def _donors(problems: Sequence[Problem], lengths: list[int], seed: int) -> list[int]:
-    """For every problem another one whose question is as long, not its twin; -1 where there is none."""
+    """For every problem another one whose question is as long, with as many steps and thus operands, not its
+    twin; -1 where there is none."""
     rng, donors = np.random.default_rng(seed), []
+    kinds = [(length, len(problem.equations)) for length, problem in zip(lengths, problems, strict=True)]
     for i, problem in enumerate(problems):
         others = [
             j
             for j, other in enumerate(problems)
-            if j != i and lengths[j] == lengths[i] and other.id != problem.twin and other.twin != problem.id
+            if j != i and kinds[j] == kinds[i] and not twins(problem, other)
         ]
         donors.append(int(rng.choice(others)) if others else -1)
     return donors
@@ -600,18 +618,33 @@ def operators_decoded(codi: CodiModel, reading: Reading, problems: Sequence[Prob
     found = np.full((*top.shape, max(len(problem.equations) for problem in problems)), np.nan)
     for i, problem in enumerate(problems):
         words = np.array([codi.token_texts[token].strip() for token in top[i]])
-        for step, equation in enumerate(problem.equations):
-            signs = re.findall(r"[-+*/]", equation.left.lstrip("-"))
-            if signs:
-                found[i, :, step] = words == signs[0]
+        for step, sign in enumerate(problem.operations):
+            if sign:
+                found[i, :, step] = words == sign
     return found
 
 
 def settling(codi: CodiModel, reading: Reading) -> np.ndarray:
-    """Whether z_k and z_{k+2} have the same top token, or the same number, bool [problem, layer, n - 1]."""
-    rows = reading.thought_rows
-    tokens, values = reading.tokens[:, :, rows, 0], _values(codi, reading)[:, :, rows, 0]
-    return (tokens[..., :-2] == tokens[..., 2:]) | (values[..., :-2] == values[..., 2:])
+    """Whether z_k and z_{k+2} decode to the same number, 1 or 0 [problem, layer, n - 1].
+
+    NaN where not both decode to a number: a separator that stays a separator settles nothing.
+    """
+    values = _values(codi, reading)[:, :, reading.thought_rows, 0]
+    first, second = values[..., :-2], values[..., 2:]
+    return np.where(np.isnan(first + second), np.nan, first == second)
+
+
+def settles(settled: np.ndarray) -> np.ndarray:
+    """How much more the last two thoughts of a parity agree than its first two [...], of `settling` [..., k].
+
+    Mean of both parities, of those where all four decode to a number; NaN where neither does.
+    """
+    n = settled.shape[-1]
+    late = [max(range(k, n, 2)) for k in range(min(2, n))]
+    leads = [settled[..., last] - settled[..., k] for k, last in enumerate(late) if last > k]
+    if not leads:
+        return np.full(settled.shape[:-1], np.nan)
+    return known_mean(np.stack(leads), 0)
 
 
 def _values(codi: CodiModel, reading: Reading) -> np.ndarray:

@@ -14,15 +14,17 @@ from lib.codi_checkpoint import load_codi
 from lib.latents import (
     ThoughtIndex,
     Variant,
+    alternation,
     answer,
     causal_role,
     early_stops,
     mean_ablations,
     parity,
+    plan_role,
     think,
     twin_patches,
 )
-from lib.problems import carried_answer, problems_of
+from lib.problems import Equation, carried_answer, extract_answer, problems_of
 from lib.record import Cache
 
 N = 6  # thoughts
@@ -260,11 +262,52 @@ def test_causal_role_is_that_of_the_patches_and_ablations(codi, problems, questi
     told = np.isfinite(said.values)
     both = told & told[[1, 0]]
     assert both.all() and np.isfinite(role.carried).all()
-    np.testing.assert_array_equal(role.lost, ablated != said.values)
+    np.testing.assert_array_equal(role.lost_any, ablated != said.values)
+    np.testing.assert_array_equal(role.lost, role.lost_any)  # all have as many steps
     np.testing.assert_array_equal(role.twin, patched == said.values[[1, 0]])
     np.testing.assert_array_equal(role.kept, patched == said.values)
     expected = [carried_answer(own[0], own[1]), carried_answer(own[1], own[0])]
     np.testing.assert_array_equal(role.carried, patched == expected)
+
+
+def test_means_are_of_problems_with_as_many_steps(codi, questions, thoughts):
+    groups = [1, 2, 2, 3, 1]
+    [ablated] = mean_ablations(thoughts, [(0, 2)], groups)
+    for i, group in enumerate(groups):
+        alike = [j for j, other in enumerate(groups) if other == group]
+        np.testing.assert_allclose(ablated.values[i], thoughts.z[alike].mean(0), rtol=1e-6)
+    [of_all] = mean_ablations(thoughts, [(0, 2)])
+    assert of_all.values.shape[0] == 1 and abs(of_all.values - ablated.values).max() > 0.01
+
+
+def test_strangers_of_the_same_plan_and_of_another(codi, problems):
+    """b and c are twins (+ -), e has the same operations, f others; a has another number of steps."""
+    a, b, c, _, e = problems
+    e = replace(e, equations=(Equation.parse("30+13=43"), Equation.parse("43-1=42")))
+    f = replace(e, id="f", equations=(Equation.parse("30-13=17"), Equation.parse("17-1=16")))
+    asked = [a, b, c, e, f]
+    said = think(codi, [problem.question for problem in asked])
+    assert np.isfinite(said.values).all()
+    own = [replace(problem, answer=value) for problem, value in zip(asked, said.values, strict=True)]
+    sets = [(0,), tuple(range(N))]
+    found = plan_role(codi, own, said, sets)
+    assert np.isnan(found.same[:, [0, 4]]).all() and np.isnan(found.other[:, 0]).all()
+    donors = {"same": {1: [3], 2: [3], 3: [1, 2]}, "other": {1: [4], 2: [4], 3: [4], 4: [1, 2, 3]}}
+    for kind, of in donors.items():
+        for i, possible in of.items():
+            for chosen, value in zip(sets, getattr(found, kind)[:, i], strict=True):
+                patches = ({k: said.z[[j], k] for k in chosen} for j in possible)
+                texts = [plain_texts(codi, [asked[i].question], replaced=z, n_tokens=24)[0] for z in patches]
+                assert value in [extract_answer(text) == said.values[i] for text in texts]
+
+
+def test_alternation_is_of_every_thought_with_its_neighbours():
+    np.testing.assert_allclose(alternation(np.array([[1, 0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 0, 1, 0]])), [1, -1])
+    np.testing.assert_allclose(alternation(np.arange(7.0)), 0)
+    one = np.array([1, 0, 0, 0, 0, 0, 0])
+    assert alternation(one) == pytest.approx(0.1) and parity(one) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="2 thoughts have none between two others"):
+        alternation(one[:2])
 
 
 def test_causal_role_leaves_out_what_cannot_tell(codi, problems, thoughts):

@@ -14,6 +14,7 @@ from lib.problems import (
     carried_answer,
     extract_answer,
     first_problems,
+    pair_means,
     problems_of,
     question_numbers,
     read_problems,
@@ -186,7 +187,10 @@ def test_problems_of_a_folder_without_any_are_asked_for(tmp_path):
         ("<<3+5=8>> <<7-2=5>>", "<<1+9=10>> <<10*3=30>>", None),  # does not take the result
         ("<<3+5=8>> <<8+8=16>>", "<<1+9=10>> <<10+10=20>>", None),  # which of the two?
         ("<<3+5=8>> <<8-2-1=5>>", "<<1+9=10>> <<10-3-1=6>>", None),
-        ("<<3+5=8>>", "<<1+9=10>>", None),
+        ("<<13-9=4>>", "<<16-6=10>>", 7),  # one step: on the twin's start
+        ("<<3+5=8>>", "<<1+9=10>> <<10-2=8>>", None),
+        ("<<3+5=8>> <<8-2=6>>", "<<1+9=10>>", None),
+        ("<<3+3=6>>", "<<1+9=10>>", None),
     ],
 )
 def test_answer_with_the_twins_intermediate_result(own, other, expected):
@@ -196,3 +200,18 @@ def test_answer_with_the_twins_intermediate_result(own, other, expected):
     ]
     found = carried_answer(*rows)
     assert np.isnan(found) if expected is None else found == expected
+
+
+def test_means_over_pairs_of_twins():
+    step = (Equation.parse("1+1=2"),)
+    rows = [Problem(name, "1 1", step, 2.0, twin) for name, twin in (("a", "c"), ("b", None), ("c", "a"))]
+    values = np.array([[1, np.nan], [3, np.nan], [2, 5]])
+    np.testing.assert_array_equal(pair_means(rows, values), [[1.5, 5], [3, np.nan]])
+    np.testing.assert_array_equal(pair_means(rows, values[:, 0]), [1.5, 3])
+    np.testing.assert_array_equal(pair_means(rows[:2], values[:2, 0]), [1, 3])  # the twin is not among these
+
+
+def test_operations_of_the_steps():
+    steps = ("3+5=8", "-8*2=-16", "16-3-4=9", "9=9")
+    made = Problem("a", "3", tuple(map(Equation.parse, steps)), 9.0)
+    assert made.operations == ("+", "*", "-", "")

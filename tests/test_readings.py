@@ -25,6 +25,7 @@ from lib.readings import (
     measure,
     measure_text,
     operators_decoded,
+    settles,
     settling,
     teacher_text,
     thought_categories,
@@ -173,6 +174,15 @@ def test_the_null_takes_the_numbers_of_another_problem_of_equal_length(codi, pro
     assert abs(read.null[0] - read.mass[0]).max() > 1e-3
 
 
+def test_the_null_is_of_problems_with_as_many_steps(codi, problems):
+    """Of two steps more operands are read at once than of one: a null of fewer is none."""
+    a, *_ = problems
+    two = replace(a, id="two", equations=(*a.equations, Equation.parse("19-9=10")))
+    z = think(codi, [a.question] * 2).z
+    assert np.isnan(measure(codi, [a, two], z).null).all()
+    assert np.isfinite(measure(codi, [a, replace(a, id="one")], z).null).all()
+
+
 def test_no_gradients_and_no_trace_of_eager_attention(codi, problems, questions):
     seen = []
     block = codi.model._module.transformer.h[0]
@@ -288,9 +298,24 @@ def test_decoding_of_planted_tokens(codi, problems, reading):
 
 def test_settling_of_planted_tokens(codi, reading):
     words = [["16"], ["."], ["16"], ["nuts"], ["13"], ["nuts"], ["13"]]
-    assert settling(codi, with_lens(codi, reading, words))[0, 0].tolist() == [True, False, False, True, True]
+    found = settling(codi, with_lens(codi, reading, words))
+    np.testing.assert_array_equal(found[0, 0], [1, np.nan, 0, np.nan, 1])  # a word that stays settles nothing
+    assert settles(found)[0, 0] == 0  # even ones agree from the start
     # A reading with rows of other kinds: they do not take part.
     assert settling(codi, reading).shape == (5, N_LAYERS, N - 1)
+
+
+def test_values_settle_where_thoughts_decode_to_numbers():
+    nan = np.nan
+    cases = {
+        (0, nan, 0, nan, 1): 1,  # z_4 and z_6 agree, z_0 and z_2 do not
+        (nan, 0, nan, 1, nan): 1,  # z_1 and z_3, z_3 and z_5
+        (1, 0, 1, 0, 0): -0.5,
+        (nan, 0, 1, nan, 1): nan,
+    }
+    for row, expected in cases.items():
+        np.testing.assert_array_equal(settles(np.array([row]))[0], expected)
+    assert np.isnan(settles(np.array([[1.0, 0.0]]))).all()  # a single pair of each parity
 
 
 def test_decoding_of_a_reading_has_its_shape(codi, problems, reading):
@@ -323,7 +348,7 @@ def test_teacher_text_is_what_the_teacher_reads(codi, problems, cot, steps):
 
 def test_text_attention_and_lens_equal_plain_maps(codi, problems):
     read = measure_text(codi, problems, layers=[0, 2])
-    assert read.rows == ("step 0", "step 1", "answer") and read.categories == TEXT_CATEGORIES
+    assert read.rows == ("step 1", "step 2", "answer") and read.categories == TEXT_CATEGORIES
     module = codi.model._module
     for i, problem in enumerate(problems):
         text = teacher_text(codi, problem)
@@ -347,10 +372,10 @@ def test_text_categories_by_hand(codi, problems):
     kinds = [[TEXT_CATEGORIES[k] if k >= 0 else "-" for k in row] for row in read.kinds[0]]
     n = words.index("<<")
     assert words[n:] == "<< 6 + 10 = 16 >> << 16 - 3 = 13 >> The answer is :".split()
-    assert kinds[0][n:] == [*["this step"] * 4, "self", *["-"] * 13]
-    second = [*["CoT"] * 5, "earlier result", "CoT", *["this step"] * 4, "self", *["-"] * 6]
-    assert kinds[1][n:] == second
-    last = [*["CoT"] * 5, "earlier result", *["CoT"] * 6, "earlier result", "CoT"]
+    step = ["this step", "written operand"] * 2  # << 6 + 10
+    assert kinds[0][n:] == [*step, "self", *["-"] * 13]
+    assert kinds[1][n:] == [*["CoT"] * 5, "written operand", "CoT", *step, "self", *["-"] * 6]  # 16 is taken
+    last = [*["CoT"] * 5, "earlier result", *["CoT"] * 6, "written operand", "CoT"]  # 13 is, 16 is not
     assert kinds[2][n:] == [*last, *["answer prompt"] * 3, "self"]
     for row, operands in ((0, {"6", "10"}), (1, {"3"}), (2, set())):
         assert {words[t] for t in range(n) if kinds[row][t] == "operand"} == operands
@@ -364,8 +389,9 @@ def test_text_categories_of_results_alone_by_hand(codi, problems):
     n = words.index(";") - 1
     assert words[n:] == "16 ; 13 ; The answer is :".split()
     assert kinds[0][n - 1 :] == ["self", *["-"] * 8]  # the question's last token writes 16
-    assert kinds[1][n:] == ["earlier result", "self", *["-"] * 6]  # the first ; writes 13
-    assert kinds[2][n:] == ["earlier result", "CoT"] * 2 + ["answer prompt"] * 3 + ["self"]
+    assert kinds[1][n:] == ["written operand", "self", *["-"] * 6]  # the first ; writes 13
+    last = ["earlier result", "CoT", "written operand", "CoT"]
+    assert kinds[2][n:] == [*last, *["answer prompt"] * 3, "self"]
     for row, operands in ((0, {"6", "10"}), (1, {"3"}), (2, set())):
         assert {words[t] for t in range(n) if kinds[row][t] == "operand"} == operands
         assert {words[t] for t in range(n) if kinds[row][t] == "distractor"} == {"12"}
