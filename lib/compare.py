@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "compare",
         help="what differs between two runs",
         description="Show what differs between two runs, and nothing that does not. Parameters, code, "
-        "versions and models explain a difference. Claims, metrics and files are results: they differ when a "
+        "the notebook's cells, versions and models explain a difference. Claims, metrics and files are results: they differ when a "
         "verdict or a rule does, when neither value lies in the other's interval (where there is none: when "
         "they are not printed alike, with three digits), or when one is missing.",
         epilog="Exit status: 0 when all results agree, 1 when one differs, 2 when a record can not be read.",
@@ -77,6 +77,7 @@ def background(a: Record, b: Record) -> dict[str, list[str]]:
     return {
         "parameters": list(_changes(*parameters)),
         "code": code,
+        "notebook": [] if a.notebook == b.notebook else [f"{_text(a.notebook)} -> {_text(b.notebook)}"],
         "versions": list(_changes(a.versions, b.versions)),
         "models": list(_changes(_models(a), _models(b))),
     }
@@ -173,8 +174,14 @@ def _records(path: Path) -> dict[str, tuple[Path, Record]]:
     """Records at a path by study: a file, one beside its figures, or those of a folder's folders."""
     one = path / "record.json" if path.is_dir() else path
     found = [one] if one.is_file() else sorted(path.glob("*/record.json")) or [one]
-    records = [(each, read_record(each)) for each in found]
-    return {record.study: (each, record) for each, record in records}
+    records: dict[str, tuple[Path, Record]] = {}
+    for each in found:
+        record = read_record(each)
+        if record.study in records:
+            first = records[record.study][0]
+            raise RecordError(f"{path} holds two runs of {record.study}: {first}, {each}; name one")
+        records[record.study] = each, record
+    return records
 
 
 def _summary(a: Record, b: Record, found: Mapping[str, list[str]]) -> str:

@@ -68,6 +68,7 @@ def test_of_equal_runs_nothing_is_said_but_that(runs, capsys):
     [
         (lambda r: r["parameters"].update(seq_len=200), ["parameters", "seq_len: 300 -> 200"]),
         (lambda r: r["versions"].update(torch="1.0"), ["versions", "torch: {torch} -> 1.0"]),
+        (lambda r: r.update(notebook="ab" * 8), ["notebook", "null -> abababababababab"]),
         (lambda r: r["models"][0].update(revision="cd"), ["models", "revision of model 1: ab -> cd"]),
         (
             lambda r: r.update(code="0" * 16, commit=None, dirty=True),
@@ -170,6 +171,15 @@ def test_folders_of_studies_are_compared_study_by_study(runs, tmp_path, capsys):
     assert (status, said) == (1, [SAME, "02_neighbor_mixing: not in B"])
     assert main(["compare", str(runs[0]), str(tmp_path / "all" / "a" / "02" / "record.json")]) == 2
     assert "give two runs of one study" in capsys.readouterr().err
+
+
+def test_two_runs_of_one_study_in_a_folder_are_named(runs, tmp_path, capsys):
+    """By study alone the last would stand for both, and what differs in the other would go unseen."""
+    edit(runs[0], lambda r: r["metrics"].update(exact={"value": 0.9}))
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
+    places = f"{runs[0] / 'record.json'}, {runs[1] / 'record.json'}"
+    message = f"{tmp_path} holds two runs of 01_induction_ablation: {places}; name one\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(
