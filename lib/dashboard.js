@@ -87,10 +87,10 @@ function lensOf(problem, layer, row) {
   return Array.from({ length: flat.length / 2 }, (_, i) => [data.words[flat[2 * i]], flat[2 * i + 1]]);
 }
 
-// What a decoded word is in the solution: "answer", "step 0", or nothing.
+// What a decoded word is in the solution: "answer", "step 1", or nothing. Steps are shown from 1.
 function meaning(problem, word) {
   const step = problem.results.indexOf(word.trim());
-  return step < 0 ? "" : step === problem.results.length - 1 ? "answer" : `step ${step}`;
+  return step < 0 ? "" : step === problem.results.length - 1 ? "answer" : `step ${step + 1}`;
 }
 
 // -- one problem --------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ function treeItem(parts, node) {
     return make("li", {}, pill, make("span", { class: "hidden" }, note));
   }
   const pill = make("span", { class: "pill" }, node.value);
-  if (!("of" in node)) return make("li", {}, pill, make("span", { class: "note" }, `of step ${node.step}, again`));
+  if (!("of" in node)) return make("li", {}, pill, make("span", { class: "note" }, `of step ${node.step + 1}, again`));
   const decoded = thoughts.filter((row) => lensOf(problem, lastLayer, row)[0][0].trim() === node.value);
   const names = decoded.map((row) => rows[row].name).join(", ");
   const by = names ? `top word of ${names}` : "no thought's top word";
@@ -272,7 +272,7 @@ function treeItem(parts, node) {
     pill,
     " = ",
     quote(node.text),
-    make("span", { class: "note" }, `step ${node.step}: ${by}`),
+    make("span", { class: "note" }, `step ${node.step + 1}: ${by}`),
     make("ul", {}, ...node.of.map((child) => treeItem(parts, child))),
   );
 }
@@ -399,7 +399,8 @@ const controls = {};
 
 function drawControls() {
   controls.problem = make("select", { onchange: () => show(Number(controls.problem.value)) });
-  controls.answers = select(["all", "correct", "incorrect"], (value) => (state.answers = value));
+  const kinds = new Set(data.problems.map(({ correct }) => (correct ? "correct" : "incorrect")));
+  controls.answers = select(["all", ...[...kinds].sort()], (value) => (state.answers = value));
   const numbers = [...new Set(data.problems.map(({ results }) => results.length))].sort((a, b) => a - b);
   controls.steps = select(["all", ...numbers.map(String)], (value) => (state.steps = value));
   controls.twin = make("input", { type: "checkbox", onchange: toggle });
@@ -412,11 +413,11 @@ function drawControls() {
   const choice = [
     make("label", { class: "wide" }, "problem", controls.problem),
     make("span", { class: "walk" }, ...walkers),
-    make("label", {}, "answers", controls.answers),
+    kinds.size > 1 ? make("label", {}, "answers", controls.answers) : null, // nothing to choose
     make("label", {}, "steps", controls.steps),
   ];
   byId("controls").append(
-    ...(data.alone ? [] : choice),
+    ...(data.alone ? [] : choice.filter((part) => part !== null)),
     make("label", {}, controls.twin, controls.twinText),
     make("label", {}, controls.sink, "leave out the first token (sink)"),
     make("button", { type: "button", id: "scheme", onclick: switchScheme }),

@@ -368,7 +368,7 @@ def test_results_among_the_words_are_named(visit, data):
         hits = [text.split() for text in texts(tab, ".chip.hit")]
         for word, *_, tag in hits:
             last = len(problem["results"]) - 1
-            step = last if tag == "answer" else int(tag)
+            step = last if tag == "answer" else int(tag) - 1  # shown from 1
             assert (tag == "answer") == (step == last)
             assert problem["results"][step] == "".join(filter(str.isdigit, word.split(".")[0]))
         named += len(hits)
@@ -390,7 +390,7 @@ def test_tree_says_what_the_state_attends_to_and_which_state_decodes_a_result(vi
     for i, problem in found:
         menu(tab, "problem").select_option(str(i))
         states = [f"z_{k}" for k, top in enumerate(tops[i]) if top == problem["answer"]]
-        said = f"step {len(problem['results']) - 1}: top word of {', '.join(states)}"
+        said = f"step {len(problem['results'])}: top word of {', '.join(states)}"
         assert texts(tab, ".tree > li > .note") == [said]
 
 
@@ -442,6 +442,18 @@ def test_filters_choose_by_answer_and_steps(visit, data):
     assert ids() == [] and "No problem" in tab.locator("main").text_content()
     menu(tab, "answers").select_option("all")
     assert ids() == ["d"] and tab.locator(".verdict").text_content() == "✓ correct"
+
+
+def test_answers_are_a_choice_only_where_there_are_both(visit, data):
+    right = [problem for problem in data["problems"] if problem["correct"]]
+    alike = data | {"problems": [{**problem, "twin": None} for problem in right]}
+    tab = visit(page(alike))
+    assert menu(tab, "answers").count() == 0
+    menu(tab, "steps").select_option("2")
+    assert tab.locator("h2").text_content() == "Problem b"
+    steps, choice, *_ = codi_explorer(alike).children
+    assert list(steps.options) == ["all", "1", "2", "3"]
+    assert len(choice.options) == len(right)
 
 
 def test_twins_stand_side_by_side(visit, data):

@@ -19,7 +19,9 @@ def codi_explorer(data: dict) -> widgets.VBox:
         data: of `lib.dashboard.dashboard_data`.
     """
     numbers = sorted({len(problem["results"]) for problem in data["problems"]})
-    answers = widgets.Dropdown(options={"all": None, "correct": True, "incorrect": False})
+    kinds = {problem["correct"] for problem in data["problems"]}
+    named = {"correct": True, "incorrect": False}
+    answers = widgets.Dropdown(options={"all": None} | {k: v for k, v in named.items() if v in kinds})
     steps = widgets.Dropdown(options={"all": None} | {str(n): n for n in numbers})
     menu = widgets.Dropdown(layout={"width": "40em"})
     frame, message = widgets.HTML(), widgets.HTML()
@@ -57,5 +59,7 @@ def codi_explorer(data: dict) -> widgets.VBox:
     draw()
     answers.observe(refill, names="value")
     steps.observe(refill, names="value")
-    controls = describe({"answers": answers, "steps": steps, "problem": menu})
-    return widgets.VBox([*controls, message, frame])
+    controls = {"answers": answers, "steps": steps, "problem": menu}
+    if len(kinds) < 2:
+        del controls["answers"]  # nothing to choose
+    return widgets.VBox([*describe(controls), message, frame])
