@@ -86,7 +86,8 @@ def read_numbers(path: str | Path = SHIPPED) -> list[SeedNumber]:
 
 
 def seeds_table(study: str, path: str | Path = SHIPPED) -> str:
-    """Headline numbers of a study for each of its trained seeds, as text.
+    """Headline numbers of a study for each of its trained seeds, as text: a line a model, in the order of the
+    title, so that a notebook's page holds it.
 
     The numbers are those of the models and parameters in the file, whatever model a notebook runs on.
 
@@ -103,9 +104,12 @@ def seeds_table(study: str, path: str | Path = SHIPPED) -> str:
         rows = [each for each in chosen if (each.group, each.parameters) == (group, parameters)]
         units = list(rows[0].values)
         title = f"{rows[0].unit}: {', '.join(units)}"
-        lines = [["", *(["each"] + [""] * (len(units) - 1)), "mean [95% t-interval]", "claim"]]
-        lines += [[each.label, *(_number(each.values[unit]) for unit in units), each.summary, _verdicts(each)]
-                  for each in rows]  # fmt: skip
+        lines = [["", "each", "claim", "mean [95% t-interval]"]]
+        for each in rows:
+            heads, summaries = ([text] + [""] * (len(units) - 1) for text in (each.label, each.summary))
+            verdicts = [each.verdicts.get(unit, "") for unit in units]
+            values = [_number(each.values[unit]) for unit in units]
+            lines += zip(heads, values, verdicts, summaries, strict=True)
         parts.append(f"{title}\n{_aligned(lines)}")
     return "\n\n".join(parts)
 
@@ -114,12 +118,6 @@ def _parsed(row: SeedNumber) -> SeedNumber:
     mean, low, high = (float(text) if text else None for text in (row.mean, row.low, row.high))
     return row._replace(mean=mean, low=low, high=high, n=int(row.n), values=json.loads(row.values),
                         verdicts=json.loads(row.verdicts))  # fmt: skip
-
-
-def _verdicts(claim: SeedNumber) -> str:
-    """One word where all units agree, else one each."""
-    found = list(claim.verdicts.values())
-    return found[0] if len(set(found)) == 1 else ", ".join(found)
 
 
 def _number(value: float | None) -> str:

@@ -73,9 +73,15 @@ def test_printed_intervals_are_students_by_hand(study):
             ends = f" [{number.low + 0.0:.3g}, {number.high + 0.0:.3g}]" if half > 0 else ", no spread"
         missing = f" of {len(number.values)}" if None in number.values.values() else ""
         expected = f"  {mean}{ends}, n = {len(values)}{missing}"
-        [line] = [line for line in printed.splitlines() if line.startswith(f"{number.label}  ")
-                  and expected in line]  # fmt: skip
-        assert all(f"  {value + 0.0:.3g}" in line for value in values)
+        lines = printed.splitlines()
+        [first] = [i for i, line in enumerate(lines)
+                   if line.startswith(f"{number.label}  ") and line.endswith(expected)]  # fmt: skip
+        for line, (model, value) in zip(lines[first:], number.values.items(), strict=False):
+            said = "none" if value is None else f"{value + 0.0:.3g}"
+            assert [said, *filter(None, [number.verdicts.get(model)])] == (
+                re.split(r"  +", line.removeprefix(number.label).removesuffix(expected).strip())
+            )
+    assert max(map(len, printed.splitlines())) <= 100, "wider than a notebook's page"
 
 
 @pytest.mark.parametrize("study", STUDIES)
