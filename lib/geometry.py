@@ -371,6 +371,48 @@ def fit_mixing(points: np.ndarray, graph: Graph) -> MixingFit:
     return MixingFit(*map(float, weights), float(1 - left), predicted_energy(gram, graph, k=2))
 
 
+def harmonics(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Principal components that a Gram matrix implies: eigenvalues [node] falling, vectors [node, node].
+
+    Column k is what PCA gives, up to sign and scale, as the k-th coordinate of the nodes. Of equal
+    eigenvalues only the span is meaningful.
+    """
+    centring = np.eye(len(gram)) - 1 / len(gram)
+    values, vectors = np.linalg.eigh(centring @ gram @ centring)
+    return np.clip(values[::-1], 0, None), vectors[:, ::-1]  # a variance that rounds to -1e-16 is 0
+
+
+def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: float | None = None) -> float:
+    """Dirichlet energy of a cloud with this Gram matrix, of all of it or of its top k components.
+
+    With eigenvalues l_i and eigenvectors v_i of the centred Gram matrix and the graph Laplacian L,
+    E = sum l_i v_i^T L v_i / sum l_i. Exact for the Gram matrix of given points; the limit of many
+    dimensions for an expected one. Where the cut falls among equal eigenvalues, their mean
+    v^T L v is taken.
+
+    Args:
+        gram: [node, node], of given points or expected (`mixing_gram`, `map_gram`).
+        k: number of components, None for the full space.
+        d: number of dimensions of a Gaussian cloud, for its mean energy to first order in 1 / d:
+            sampling noise mixes each component with those of nearby variance (Anderson 1963,
+            Lawley 1956). None for the limit.
+
+    Returns:
+        The energy; NaN where sampling noise takes over half of a component, which is no small
+        correction.
+    """
+    laplacian = np.diag(graph.degrees) - graph.adjacency
+    values, vectors = harmonics(gram)
+    roughness = np.einsum("ik,ij,jk->k", vectors, laplacian, vectors)  # v^T L v
+    group = np.cumsum(np.abs(np.diff(values, prepend=values[0])) > 1e-9 * values[0])
+    same = group[:, None] == group
+    roughness = (same @ roughness) / same.sum(axis=1)
+    k = len(values) if k is None else k
+    if d is None:
+        return float(values[:k] @ roughness[:k] / values[:k].sum())
+    return _first_order_energy(values, roughness, same, k, d)
+
+
 class MapAlignment(NamedTuple):
     """What a linear map W does to vectors x, on average over a cloud of them (`map_alignment`)."""
 
@@ -414,48 +456,6 @@ def _covariance_root(ov: np.ndarray, points: np.ndarray | None) -> np.ndarray:
     if not np.any(ov @ root):
         raise ValueError("the map returns 0 for all of these vectors: its alignment is not defined")
     return root
-
-
-def harmonics(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Principal components that a Gram matrix implies: eigenvalues [node] falling, vectors [node, node].
-
-    Column k is what PCA gives, up to sign and scale, as the k-th coordinate of the nodes. Of equal
-    eigenvalues only the span is meaningful.
-    """
-    centring = np.eye(len(gram)) - 1 / len(gram)
-    values, vectors = np.linalg.eigh(centring @ gram @ centring)
-    return np.clip(values[::-1], 0, None), vectors[:, ::-1]  # a variance that rounds to -1e-16 is 0
-
-
-def predicted_energy(gram: np.ndarray, graph: Graph, k: int | None = None, d: float | None = None) -> float:
-    """Dirichlet energy of a cloud with this Gram matrix, of all of it or of its top k components.
-
-    With eigenvalues l_i and eigenvectors v_i of the centred Gram matrix and the graph Laplacian L,
-    E = sum l_i v_i^T L v_i / sum l_i. Exact for the Gram matrix of given points; the limit of many
-    dimensions for an expected one. Where the cut falls among equal eigenvalues, their mean
-    v^T L v is taken.
-
-    Args:
-        gram: [node, node], of given points or expected (`mixing_gram`, `map_gram`).
-        k: number of components, None for the full space.
-        d: number of dimensions of a Gaussian cloud, for its mean energy to first order in 1 / d:
-            sampling noise mixes each component with those of nearby variance (Anderson 1963,
-            Lawley 1956). None for the limit.
-
-    Returns:
-        The energy; NaN where sampling noise takes over half of a component, which is no small
-        correction.
-    """
-    laplacian = np.diag(graph.degrees) - graph.adjacency
-    values, vectors = harmonics(gram)
-    roughness = np.einsum("ik,ij,jk->k", vectors, laplacian, vectors)  # v^T L v
-    group = np.cumsum(np.abs(np.diff(values, prepend=values[0])) > 1e-9 * values[0])
-    same = group[:, None] == group
-    roughness = (same @ roughness) / same.sum(axis=1)
-    k = len(values) if k is None else k
-    if d is None:
-        return float(values[:k] @ roughness[:k] / values[:k].sum())
-    return _first_order_energy(values, roughness, same, k, d)
 
 
 def _first_order_energy(
