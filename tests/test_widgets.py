@@ -171,6 +171,8 @@ def test_stills_are_the_explorer_row_by_column(drawn):
     figure = mixing.mixing_stills(GRID, d=64, self_weights=(1.0, 0.0), steps=(1, 2, 4), seed=3)
     panels = [(settings["self_weight"], settings["steps"]) for _, settings in drawn]
     assert panels == [(1.0, 1), (1.0, 2), (1.0, 4), (0.0, 1), (0.0, 2), (0.0, 4)]
+    words = [settings["labels"] for _, settings in drawn]
+    assert words == [None] * 3 + [()] * 3, "words in the first row, where there is room"
     axes = np.array(figure.axes).reshape(2, 3)
     assert [ax.get_ylabel() for ax in axes[:, 0]] == ["self-weight 1", "self-weight 0"]
     assert [ax.get_xlabel() for ax in axes[1]] == ["1 step", "2 steps", "4 steps"]

@@ -25,16 +25,17 @@ def draw_mixing(
     rank: int | None = None,
     noise: float = 0.0,
     seed: int = 0,
+    labels: Sequence[str] | None = None,
 ) -> Axes:
     """Draw one cloud after mixing in its PCA plane, titled with its energy and the predicted one.
 
-    Arguments as in `geometry.simulate_mixing`.
+    Arguments as in `geometry.simulate_mixing` and `plots.draw_graph`.
     """
     settings = {"self_weight": self_weight, "steps": steps, "noise": noise}
     plane = pca(simulate_mixing(graph, d, rank=rank, seed=seed, **settings)).projection
     gram = mixing_gram(graph, rank_share=1.0 if rank is None else rank / d, **settings)
     energy, predicted = dirichlet_energy(plane, graph), predicted_energy(gram, graph, k=2)
-    plots.draw_graph(ax, plane, graph)
+    plots.draw_graph(ax, plane, graph, labels=labels)
     ax.set_title(f"E = {energy:.2f} (theory {predicted:.2f})", fontsize=8.5, fontweight="normal")
     return ax
 
@@ -42,12 +43,16 @@ def draw_mixing(
 def mixing_stills(
     graph: Graph, *, d: int, self_weights: Sequence[float], steps: Sequence[int], seed: int = 0
 ) -> Figure:
-    """The explorer as one figure: rows are self-weights, columns numbers of steps."""
+    """The explorer as one figure: rows are self-weights, columns numbers of steps.
+
+    The words stand in the first row alone: a checkerboard has no room for them.
+    """
     size = (plots.PAGE, 0.3 + len(self_weights) * plots.PAGE / max(len(steps), 3) * 0.8)
     figure, axes = plt.subplots(len(self_weights), len(steps), figsize=size, squeeze=False)
-    for row, self_weight in zip(axes, self_weights, strict=True):
+    for i, (row, self_weight) in enumerate(zip(axes, self_weights, strict=True)):
+        labels = () if i else None
         for ax, n_steps in zip(row, steps, strict=True):
-            draw_mixing(ax, graph, d=d, self_weight=self_weight, steps=n_steps, seed=seed)
+            draw_mixing(ax, graph, d=d, self_weight=self_weight, steps=n_steps, seed=seed, labels=labels)
         row[0].set_ylabel(f"self-weight {self_weight:g}", labelpad=16)
     for ax, n_steps in zip(axes[-1], steps, strict=True):
         ax.set_xlabel(f"{n_steps} step" + "s" * (n_steps > 1))
