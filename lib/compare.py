@@ -25,9 +25,9 @@ def main(argv: list[str] | None = None) -> int:
         "compare",
         help="what differs between two runs",
         description="Show what differs between two runs, and nothing that does not. Parameters, code, "
-        "the notebook's cells, versions and models explain a difference. Claims, metrics and files are results: they differ when a "
-        "verdict or a rule does, when neither value lies in the other's interval (where there is none: when "
-        "they are not printed alike, with three digits), or when one is missing.",
+        "the notebook's cells, versions and models explain a difference. Claims, metrics and files are "
+        "results: they differ when a verdict or a rule does, when neither value lies in the other's interval "
+        "(where there is none: when they are not printed alike, with three digits), or when one is missing.",
         epilog="Exit status: 0 when all results agree, 1 when one differs, 2 when a record can not be read.",
     )
     for name in ("a", "b"):

@@ -242,15 +242,8 @@ class Study:
         self._artifacts[name] = Artifact(sha256=hashlib.sha256(data).hexdigest(), alt=alt)
 
     def _check_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
-        except OSError as error:
-            reason = error.strerror or error
-            raise ParameterError(
-                f"out_dir: {self.folder} can not be written to ({reason}); name another folder"
-            ) from None
+        if reason := why_not_writable(self.folder):
+            raise ParameterError(f"out_dir: {reason}; name another folder")
         try:
             study = json.loads((self.folder / "record.json").read_bytes())["study"]
         except (OSError, ValueError, LookupError, TypeError):
@@ -497,6 +490,16 @@ def cells_hash(sources: Iterable[str]) -> str | None:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version(), **_versions(_PACKAGES)}
+
+
+def why_not_writable(folder: Path) -> str:
+    """Make a folder, and try to write into it; returns "", or what is wrong."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder} can not be written to ({error.strerror or error})"
 
 
 def write_whole(path: Path, data: bytes) -> None:

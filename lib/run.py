@@ -25,14 +25,24 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from lib import ROOT
 from lib.claims import claims_table
 from lib.progress import clock
-from lib.record import Record, RecordError, figures_folder, validate_record
+from lib.record import (
+    Lock,
+    Record,
+    RecordError,
+    figures_folder,
+    validate_record,
+    why_not_writable,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from lib.registry import RegisteredModel
@@ -58,7 +68,8 @@ def main(
 ) -> int:
     """Run the command line; returns the exit status, 0 when every study left a valid record."""
     parser = argparse.ArgumentParser(
-        prog="python -m lib.run", allow_abbrev=False,
+        prog="python -m lib.run",
+        allow_abbrev=False,
         description="Execute the studies and print their claims.",
         epilog="Everything else goes to papermill: -p NAME VALUE, -r NAME STRING, -y YAML, -f FILE.",
     )
@@ -69,22 +80,24 @@ def main(
     options, papermill_options = parser.parse_known_args(argv)
     if options.refresh and papermill_options:
         parser.error("--refresh stores what a run with default parameters shows; leave the parameters out")
-    if any("out_dir" in option for option in papermill_options):
-        parser.error("a run writes to FIGURES_DIR/STUDY; set the variable FIGURES_DIR instead of out_dir")
     if options.refresh and options.model:
         parser.error("--refresh stores what a run with default parameters shows; leave the model out")
     try:
+        given = parameters_given(papermill_options)
+        if "out_dir" in given:
+            parser.error("a run writes to FIGURES_DIR/STUDY; set the variable FIGURES_DIR instead of out_dir")
         chosen = _choose(notebooks, options.study)
         model_options: dict[str, list[str]] = {}
         if options.model:
-            model, model_options = _of_model(options.model, chosen, bool(options.study), papermill_options)
+            model, model_options = _of_model(options.model, chosen, bool(options.study), given)
             chosen = [path for path in chosen if path.stem in model_options]
             output = output.parent / model.name
             os.environ.setdefault("FIGURES_DIR", str(output / "figures"))
     except (LookupError, ValueError) as error:
         parser.error(str(error))
 
-    output.mkdir(parents=True, exist_ok=True)
+    if reason := why_not_writable(output):
+        parser.error(reason)
     outcomes = []
     for notebook in chosen:
         words = [*model_options.get(notebook.stem, ()), *papermill_options]
@@ -100,9 +113,11 @@ def main(
         print(claims_table(records))
     for outcome in failed:
         print(f"FAILED {outcome.study} (log: {output / outcome.study}.log)\n{outcome.problem}\n")
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} studies left a valid record "
-          f"in {clock(sum(outcome.seconds for outcome in outcomes))}; "
-          f"figures in {figures_folder()}, notebooks in {output}")
+    print(
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} studies left a valid record "
+        f"in {clock(sum(outcome.seconds for outcome in outcomes))}; "
+        f"figures in {figures_folder()}, notebooks in {output}"
+    )
     return 1 if failed else 0
 
 
@@ -111,13 +126,65 @@ def run_study(notebook: Path, executed: Path, papermill_options: Sequence[str], 
 
     Args:
         notebook: its file name is the study's name.
-        executed: where papermill writes the notebook as far as it came; its log goes beside it.
+        executed: where papermill writes the notebook as far as it came; its log goes beside it. One run at a
+            time writes there.
         papermill_options: such as ["-p", "seq_len", "200"].
         timeout: seconds, after which the run is stopped and has failed.
 
     Returns:
         The outcome; nothing is raised for a notebook that fails.
     """
+    lock = Lock(executed.with_suffix(".lock"))
+    if holder := lock.take():
+        problem = f"  another run ({holder}) writes to {executed}; wait for it, or stop it"
+        return Outcome(notebook.stem, None, problem, 0.0)
+    try:
+        return _run_study(notebook, executed, papermill_options, timeout)
+    finally:
+        lock.release()
+
+
+def parameters_given(papermill_options: Sequence[str]) -> dict[str, Any]:
+    """Parameters among papermill's options, by name, as it reads them (numbers of -p as text).
+
+    Raises:
+        ValueError: options, or a file among them, that papermill can not read.
+    """
+    if not papermill_options:
+        return {}
+    import click  # and papermill, which takes two seconds
+    import yaml
+    from papermill.cli import papermill
+    from papermill.exceptions import PapermillException
+    from papermill.iorw import read_yaml_file
+
+    try:
+        found = papermill.make_context("papermill", ["notebook", "executed", *papermill_options]).params
+        parts = [
+            *(yaml.safe_load(base64.b64decode(text)) for text in found["parameters_base64"]),
+            *map(read_yaml_file, found["parameters_file"]),
+            *map(yaml.safe_load, found["parameters_yaml"]),
+        ]
+        given: dict[str, Any] = {}
+        for part in parts:
+            given |= part or {}
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from None
+    except (yaml.YAMLError, PapermillException, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"parameters can not be read: {error}") from None
+    return given | dict(found["parameters"]) | dict(found["parameters_raw"])
+
+
+def interrupt_on_signals() -> None:
+    """Let SIGTERM and SIGHUP, of a scheduler and of a terminal that closes, end this process as Ctrl-C does:
+    papermill and its kernel have to go as well."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # no SIGHUP on Windows
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, signal.default_int_handler)
+
+
+def _run_study(notebook: Path, executed: Path, papermill_options: Sequence[str], timeout: float) -> Outcome:
     study, started = notebook.stem, time.monotonic()
     record_path = figures_folder() / study / "record.json"
     old = _identity(record_path)
@@ -126,10 +193,26 @@ def run_study(notebook: Path, executed: Path, papermill_options: Sequence[str], 
     work = executed.with_suffix(".progress")
     work.unlink(missing_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "papermill", str(notebook), str(executed),
-         "--no-progress-bar", "--log-output", "--log-level", "INFO", *papermill_options],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", env=os.environ | {"PROGRESS_FILE": str(work.resolve())},
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            str(notebook),
+            str(executed),
+            "--no-progress-bar",
+            "--log-output",
+            "--log-level",
+            "INFO",
+            *papermill_options,
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PROGRESS_FILE": str(work.resolve())},
+        # A terminal that closes would kill it before it could end its kernel.
+        start_new_session=True,
     )
     # papermill adds a cell when it has parameters to pass on.
     injects = any(word.startswith(("-p", "-r", "-y", "-f", "-b", "--param")) for word in papermill_options)
@@ -170,7 +253,7 @@ def _choose(notebooks: Path, study: str | None) -> list[Path]:
 
 
 def _of_model(
-    name: str, chosen: list[Path], one_study: bool, papermill_options: Sequence[str]
+    name: str, chosen: list[Path], one_study: bool, given: Mapping[str, Any]
 ) -> tuple[RegisteredModel, dict[str, list[str]]]:
     """A model of the registry, and the options of papermill for each of its studies that was chosen.
 
@@ -186,15 +269,15 @@ def _of_model(
     parameters = {study: _parameters(model, study) for study in studies}
     for study in studies:
         for asked, what in model.studies[study].asks.items():
-            if not _gives(papermill_options, asked):
+            if asked not in given:
                 raise registry.RegistryError(f'{model.name} in {study}: give {what}: ARGS="-p {asked} ..."')
-    if _gives(papermill_options, "remote"):  # on NDIF, which serves a branch
+    if _is_true(given.get("remote")):  # on NDIF, which serves a branch
         for values in parameters.values():
             del values["revision"], values["device"]
-    elif _gives(papermill_options, "model_id"):  # other weights, which have no such revision
+    elif "model_id" in given:  # other weights, which have no such revision
         for values in parameters.values():
             del values["revision"]
-    elif not _gives(papermill_options, "revision"):
+    elif "revision" not in given:
         print(registry.require(model), flush=True)
     # papermill reads -b before all of its other ways to pass a parameter, so that each of them overrides it.
     return model, {study: ["-b", _base64(values)] for study, values in parameters.items()}
@@ -208,12 +291,12 @@ def _parameters(model: RegisteredModel, study: str) -> dict[str, Any]:
     return model.parameters(study) | {"device": device, "revision": model.revision or ""}
 
 
-def _gives(papermill_options: Sequence[str], name: str) -> bool:
-    """Whether the user passes a parameter, on the command line or in a file (-f)."""
-    options = list(papermill_options)
-    files = [Path(b) for a, b in zip(options, options[1:], strict=False) if a in ("-f", "--parameters_file")]
-    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-    return any(name in text for text in options + texts)
+def _is_true(value: Any) -> bool:
+    """As a study reads a parameter; what is neither true nor false is for the study to refuse."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
 def _base64(values: dict[str, Any]) -> str:
@@ -296,7 +379,8 @@ def _refresh(notebook: Path, executed: Path) -> None:
                 output.data["image/png"] = _smaller(png)
     # What a cell prints is one output, wherever the kernel happened to pass it on.
     document, _ = CoalesceStreamsPreprocessor().preprocess(document, {})
-    nbformat.write(document, notebook)
+    text = nbformat.writes(document).rstrip("\n") + "\n"
+    write_whole(notebook, text.encode())
 
 
 def _smaller(png: str) -> str:
@@ -346,6 +430,7 @@ class _Progress:
 
 
 if __name__ == "__main__":
+    interrupt_on_signals()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

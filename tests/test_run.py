@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import signal
 import subprocess
 import sys
 import time
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from tiny import add_to_hub_cache, save_tiny, use_hub
@@ -63,7 +66,6 @@ def test_parameters_pass_through_papermill(run_studies, write_notebook, tmp_path
     [
         (["-p", "seqlen", "200"], "ParameterError: seqlen: no such parameter; did you mean seq_len?"),
         (["-p", "seq_len", "abc"], "ParameterError: seq_len: got 'abc'; a whole number is needed"),
-        (["-p", "seq_len"], "requires 2 arguments"),
     ],
 )
 def test_wrong_parameter_stops_the_study(run_studies, write_notebook, figures, options, message):
@@ -80,7 +82,9 @@ def test_raw_papermill_stops_too(write_notebook, figures, tmp_path):
     started = time.monotonic()
     papermill = subprocess.run(
         [sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb", "-p", "seqlen", "200"],
-        capture_output=True, text=True, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert papermill.returncode != 0
     assert "seqlen: no such parameter; did you mean seq_len?" in papermill.stderr
@@ -160,11 +164,22 @@ def test_one_failure_does_not_keep_others_from_running_and_start_here_comes_last
     [
         (["--study", "03"], "no study '03'; there are: 01_induction_ablation"),
         (["-p", "out_dir", "x"], "set the variable FIGURES_DIR instead"),
+        (["-f", "own.yaml"], "set the variable FIGURES_DIR instead"),
+        (["-y", "{seed: 1, out_dir: x}"], "set the variable FIGURES_DIR instead"),
+        (["-p", "seq_len"], "Option '-p' requires 2 arguments"),
+        (["--parameter", "seq_len", "300"], "No such option '--parameter'"),
+        (["-f", "none.yaml"], "parameters can not be read: "),
+        (["-y", "{seed: "], "parameters can not be read: "),
+        (["-y", "seed"], "parameters can not be read: "),
         (["--refresh", "-p", "seq_len", "300"], "leave the parameters out"),
     ],
 )
-def test_impossible_request_is_refused_before_anything_runs(write_notebook, tmp_path, capsys, argv, message):
+def test_impossible_request_is_refused_before_anything_runs(
+    write_notebook, tmp_path, capsys, monkeypatch, argv, message
+):
     write_notebook(FINISH)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("out_dir: x")
     with pytest.raises(SystemExit) as stop:
         run.main(argv, tmp_path / "notebooks", tmp_path / "runs")
     assert stop.value.code == 2
@@ -214,6 +229,7 @@ def test_models_figures_do_not_replace_the_repositorys(write_notebook, gpt2_on_d
         (["--model", "gpt2", "--study", "03"], "gpt2 is not meant for 03_refusal_low_rank, but for 01_"),
         (["--model", "gpt2"], "is meant for 01_induction_ablation, 02_neighbor_mixing: none is here"),
         (["--model", "CODI-gpt2"], "give a JSONL file of problems in the form of GSM8K-Aug; the"),
+        (["--model", "CODI-gpt2", "-p", "n_problems", "20"], "give a JSONL file of problems in the form"),
         (["--model", "Qwen3-1.7B"], "HF_HUB_OFFLINE is set. To get it:"),
         (["--model", "Qwen-1.8B-Chat"], "Qwen-1.8B-Chat can not be run as it is: its architecture is code"),
         (["--model", "gpt2", "--refresh"], "leave the model out"),
@@ -242,6 +258,53 @@ def test_own_weights_need_no_hub(run_studies, write_notebook, tmp_path, monkeypa
     log = (tmp_path / "Llama-3.1-8B" / "01_induction_ablation.log").read_text()
     assert "/my/llama bfloat16 26" in log and "seq_len 500 at" in log
     assert registry.find("Llama-3.1-8B").revision not in log, "a folder has no revision"
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ([], {}),
+        (["-p", "prompts", "my_remote_pairs.jsonl"], {"prompts": "my_remote_pairs.jsonl"}),
+        (["-p", "remote", "False", "-r", "dtype", "float32"], {"remote": "False", "dtype": "float32"}),
+        (["-y", "{remote: true}", "--parameters", "seed", "3"], {"remote": True, "seed": "3"}),
+        # As papermill has it: base64, files, YAML, -p, -r, whatever their order.
+        (
+            ["-r", "a", "1", "-p", "a", "2", "-y", "{a: 3, b: 3}", "-f", "own.yaml"],
+            {"a": "1", "b": 3, "c": 4},
+        ),
+        (
+            ["-b", "e2E6IDUsIGQ6IDV9", "-f", "own.yaml", "--log-level", "INFO"],
+            {"a": 4, "b": 4, "c": 4, "d": 5},
+        ),
+    ],
+)
+def test_given_parameters_are_those_that_papermill_reads(tmp_path, monkeypatch, options, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("{a: 4, b: 4, c: 4}")
+    assert run.parameters_given(options) == given
+
+
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        (["-p", "remote", "false"], "pinned"),
+        (["-r", "remote", "no"], "pinned"),
+        (["-p", "edges", "remote-revision"], "pinned"),  # a word within a value
+        (["-y", "{remote: 1}"], ""),
+    ],
+)
+def test_model_is_remote_when_the_user_says_so_alone(
+    write_notebook, gpt2_on_disk, tmp_path, monkeypatch, options, at
+):
+    passed = []
+    write_notebook(TELL)
+    monkeypatch.setattr(
+        run, "run_study",
+        lambda notebook, executed, options, timeout: passed.append(options) or run.Outcome("", None, "", 0),
+    )  # fmt: skip
+    run.main(["--model", "gpt2", *options], tmp_path / "notebooks", tmp_path / "runs")
+    given = run.parameters_given(passed[0])
+    assert given.get("revision", "") == (registry.find("gpt2").revision if at else "")
 
 
 def test_another_revision_of_a_model(run_studies, write_notebook, tmp_path, monkeypatch):
@@ -297,3 +360,72 @@ def test_failed_refresh_leaves_the_notebook(run_studies, write_notebook):
     before = notebook.read_bytes()
     assert run_studies("--refresh")[0] == 1
     assert notebook.read_bytes() == before
+
+
+def test_refresh_that_can_not_be_written_leaves_the_notebook_whole(run_studies, write_notebook, monkeypatch):
+    notebook = write_notebook(FINISH)
+    before = notebook.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        run_studies("--refresh")
+    assert notebook.read_bytes() == before and len(list(notebook.parent.iterdir())) == 1
+
+
+def test_output_that_can_not_be_written_is_refused_before_anything_runs(write_notebook, tmp_path, capsys):
+    write_notebook(FINISH)
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SystemExit) as stop:
+        run.main([], tmp_path / "notebooks", tmp_path / "runs")
+    assert stop.value.code == 2 and f"{tmp_path / 'runs'} can not be written to (" in capsys.readouterr().err
+
+
+def test_two_runs_at_once_do_not_write_one_notebook(run_studies, write_notebook, tmp_path, figures):
+    write_notebook(FINISH)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "01_induction_ablation.ipynb").write_text("of the other run")
+    hold = f"""from pathlib import Path
+from lib.record import Lock
+lock = Lock(Path({str(tmp_path / "runs" / "01_induction_ablation.lock")!r}))
+lock.take()
+input(print("held", flush=True) or "")"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    status, said = run_studies()
+    assert status == 1
+    assert f"another run (process {other.pid}) writes to {tmp_path / 'runs'}" in said
+    assert (tmp_path / "runs" / "01_induction_ablation.ipynb").read_text() == "of the other run"
+    assert not figures.exists()
+    other.communicate("")
+    assert run_studies()[0] == 0
+    assert not list((tmp_path / "runs").glob("*.lock"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_run_that_is_stopped_takes_its_kernel_with_it(write_notebook, figures, tmp_path, name):
+    """As by a scheduler, by a terminal that closes, which signals all of its group, and by Ctrl-C."""
+    mark = tmp_path / "still running"
+    work = f"import time\nfor i in range(60):\n    time.sleep(0.25); open({str(mark)!r}, 'w').close()"
+    write_notebook(work, FINISH)
+    start = "import sys, lib, pathlib, runpy; lib.ROOT = pathlib.Path(sys.argv.pop(1)); "
+    start += "runpy.run_module('lib.run', run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, tmp_path, "--study", "01"],
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not mark.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2, "papermill and its kernel"
+    os.killpg(process.pid, signal.Signals[name])
+    said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "interrupted; what is cached will not be computed again" in said[1]
+    assert psutil.wait_procs(family, timeout=10)[1] == [], "the kernel goes on"
+    assert not list(figures.rglob("record.json"))
