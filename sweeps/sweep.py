@@ -18,23 +18,25 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from lib import ROOT
+from lib import ROOT, registry
 from lib.parameters import ParameterError, StudyParameters, check, schemas
-from lib.record import Record, RecordError, code_version, validate_record
-from lib.run import run_study
+from lib.record import Lock, Record, RecordError, cells_hash, code_version, validate_record, versions
+from lib.run import interrupt_on_signals, run_study
 from lib.seeds import SeedNumber, write_numbers
 
 NOTEBOOKS = ROOT / "notebooks"
 _ENTRIES = ("models", "seeds", "parameters", "grid", "headline")
+_PAIRS = "data/prompts/pairs.jsonl"  # of study 3, where neither a file nor an organism has prompts
 _OWN = {"model_id": "models", "seed": "seeds", "out_dir": None}  # parameters that a sweep sets itself
 
 
@@ -60,7 +62,7 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """How a job stands: "done", "done by other code", "failed" or "not run"."""
+    """How a job stands: "done", "outdated" (done by other code or of other files), "failed" or "not run"."""
 
     job: Job
     status: str
@@ -96,8 +98,11 @@ def read_sweep(path: Path) -> list[Job]:
         else:
             problems += [f"{study}: {problem}" for problem in _expand(study, entry, jobs)]
     names = [job.name for job in jobs]
-    problems += [f"{name}: the same job is given {names.count(name)} times"
-                 for name in dict.fromkeys(names) if names.count(name) > 1]
+    problems += [
+        f"{name}: the same job is given {names.count(name)} times"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
     if problems:
         raise SweepError("\n".join(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
     return jobs
@@ -196,7 +201,8 @@ def run_job(job: Job, folder: Path, timeout: float = float("inf"), notebooks: Pa
 
     FOLDER/JOB holds the executed notebook as far as it came, papermill's log, error.txt if it failed, and
     STUDY/ with figures and record.json. Two runs of one job wait for each other: jobs that outlive a
-    killed sweep are waited for by the next one, which takes their results.
+    killed sweep, and kernels that outlive their jobs, are waited for by the next one, which takes their
+    results.
     """
     home = folder / job.name
     home.mkdir(parents=True, exist_ok=True)
@@ -205,6 +211,10 @@ def run_job(job: Job, folder: Path, timeout: float = float("inf"), notebooks: Pa
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             print(f"{home}: no locks on this file system ({error}); do not run the sweep twice at a time")
+        kernel = Lock(home / job.study / ".lock")
+        while kernel.path.exists() and kernel.take():
+            time.sleep(1)
+        kernel.release()
         if result(job, folder, notebooks).status == "done":
             return ""
         shutil.rmtree(home / job.study, ignore_errors=True)
@@ -214,8 +224,10 @@ def run_job(job: Job, folder: Path, timeout: float = float("inf"), notebooks: Pa
         os.environ["FIGURES_DIR"] = str(home)
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):  # its progress line
             outcome = run_study(
-                notebooks / f"{job.study}.ipynb", home / f"{job.study}.ipynb",
-                ["-y", yaml.safe_dump(given)], timeout,
+                notebooks / f"{job.study}.ipynb",
+                home / f"{job.study}.ipynb",
+                ["-y", yaml.safe_dump(given)],
+                timeout,
             )
         if outcome.record is None:
             (home / "error.txt").write_text(outcome.problem + "\n", encoding="utf-8")
@@ -223,7 +235,8 @@ def run_job(job: Job, folder: Path, timeout: float = float("inf"), notebooks: Pa
 
 
 def result(job: Job, folder: Path, notebooks: Path = NOTEBOOKS) -> Result:
-    """How a job stands. It is done when its record is valid and of these parameters, notebook and code."""
+    """How a job stands. It is done when its record is valid and of these parameters, notebook, code, versions
+    of packages, and files of models and prompts."""
     home = folder / job.name
     try:
         record = validate_record(home / job.study / "record.json")
@@ -233,17 +246,50 @@ def result(job: Job, folder: Path, notebooks: Path = NOTEBOOKS) -> Result:
             return Result(job, "failed", None, (home / "error.txt").read_text(encoding="utf-8").strip())
         broken = (home / job.study / "record.json").exists()
         return Result(job, "failed" if broken else "not run", None, str(error) if broken else "")
-    done = same and record.code == code_version()
-    return Result(job, "done" if done else "done by other code", record, "")
+    done = same and record.code == code_version() and record.versions == versions()
+    return Result(job, "done" if done else "outdated", record, "")
 
 
 def _identity(job: Job, notebooks: Path) -> str:
-    """What a job is, its notebook's code included, outputs and prose not."""
+    """What a job is: its parameters, its notebook's code, and what is in the files that they name."""
     cells = json.loads((notebooks / f"{job.study}.ipynb").read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    p = check(schemas()[job.study], {**job.parameters, "model_id": job.model, "seed": job.seed})
+    others = [*getattr(p, "compare_with", ()), *getattr(p, "answer_only", ())]
+    models = {name: _model_digest(name) for name in others}
+    models[p.model_id] = _model_digest(p.model_id, p.revision)
+    given = [(p.prompts or _PAIRS) if hasattr(p, "prompts") else "", getattr(p, "problems", "")]
+    paths = {name: ROOT / Path(name).expanduser() for name in given}
+    files = {name: _file_digest(path) for name, path in paths.items() if path.is_file()}
     return json.dumps(
-        {**job._asdict(), "notebook": hashlib.sha256(json.dumps(code).encode()).hexdigest()}, indent=1
+        {**job._asdict(), "notebook": cells_hash(code), "models": models, "files": files}, indent=1
     )
+
+
+def _model_digest(model: str, revision: str = "") -> str:
+    """What changes with a model's weights: a hash of its files, or the revision on the hub."""
+    if model.startswith("organism/"):
+        folder = ROOT / "data" / model.replace("organism/", "organisms/")
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))  # checked when loaded
+        files = {name: digest for name, digest in manifest.items() if name != "README.md"}
+    else:
+        folder = ROOT / Path(model).expanduser()
+        if not folder.is_dir():
+            return revision or registry.pinned(model) or "newest"
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): _file_digest(path) for path in paths}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    state = path.stat()
+    return _digest_of(path, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _digest_of(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- all of them
@@ -257,8 +303,15 @@ def tidy(results: Iterable[Result]) -> list[dict[str, Any]]:
     """One row for each metric and claim of each job; a job without a record has one row, with its error."""
     rows = []
     for job, status, record, error in results:
-        common = {"study": job.study, "group": job.group, "model": job.model, "seed": job.seed,
-                  "parameters": json.dumps(job.parameters, sort_keys=True), "status": status, "job": job.name}
+        common = {
+            "study": job.study,
+            "group": job.group,
+            "model": job.model,
+            "seed": job.seed,
+            "parameters": json.dumps(job.parameters, sort_keys=True),
+            "status": status,
+            "job": job.name,
+        }
         if record is None:
             last = error.splitlines()[-1].strip() if error else ""
             rows.append(_row(common, note=_named_error(error) or last))
@@ -267,12 +320,33 @@ def tidy(results: Iterable[Result]) -> list[dict[str, Any]]:
         common |= {"code": record.code, "commit": commit, "seconds": record.seconds}
         for name, metric in record.metrics.items():
             low, high = metric.interval or (None, None)
-            rows.append(_row(common, kind="metric", name=_common_name(name, job), value=metric.value,
-                             low=low, high=high, n=metric.n, note=metric.reason))
+            rows.append(
+                _row(
+                    common,
+                    kind="metric",
+                    name=_common_name(name, job),
+                    value=metric.value,
+                    low=low,
+                    high=high,
+                    n=metric.n,
+                    note=metric.reason,
+                )
+            )
         for claim in record.claims:
             low, high = claim.interval or (None, None)
-            rows.append(_row(common, kind="claim", name=_common_name(claim.id, job), value=claim.measured,
-                             low=low, high=high, n=claim.n, verdict=claim.verdict, note=claim.reason))
+            rows.append(
+                _row(
+                    common,
+                    kind="claim",
+                    name=_common_name(claim.id, job),
+                    value=claim.measured,
+                    low=low,
+                    high=high,
+                    n=claim.n,
+                    verdict=claim.verdict,
+                    note=claim.reason,
+                )
+            )
     return rows
 
 
@@ -357,12 +431,18 @@ def collect(path: Path, folder: Path, notebooks: Path = NOTEBOOKS) -> str:
         _draw(shown, folder)
     statuses = [each.status for each in results]
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-    troubles = [f"  {each.job.name}: {_named_error(each.error) or each.error}"
-                for each in results if each.status == "failed"]
+    troubles = [
+        f"  {each.job.name}: {_named_error(each.error) or each.error}"
+        for each in results
+        if each.status == "failed"
+    ]
     places = {(each.study, each.group): {n.name for n in numbers if n[:2] == each[:2]} for each in numbers}
-    troubles += [f"  {study}, {group}: headline: no job has a number called {name!r}"
-                 for (study, group), names in places.items()
-                 for name in _labels(headlines, study, group) if name not in names]
+    troubles += [
+        f"  {study}, {group}: headline: no job has a number called {name!r}"
+        for (study, group), names in places.items()
+        for name in _labels(headlines, study, group)
+        if name not in names
+    ]
     return "\n".join([f"{len(results)} jobs: {counts}; table and figure in {folder}", *troubles])
 
 
@@ -462,10 +542,11 @@ def main(argv: Sequence[str]) -> int:
             print(collect(Path(path), Path(folder)))
             return 0
         case ["job", path, folder, name]:
-            [job] = [job for job in read_sweep(Path(path)) if job.name == name]
-            # A scheduler stops a job by SIGTERM: papermill and its kernel have to go as well.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            problem = run_job(job, Path(folder))
+            jobs = {job.name: job for job in read_sweep(Path(path))}
+            if name not in jobs:
+                raise SweepError(f"{path}: {_unknown('job', name, jobs)}")
+            interrupt_on_signals()
+            problem = run_job(jobs[name], Path(folder))
             print(f"FAILED {name}\n{problem}" if problem else f"done {name}")
             return 1 if problem else 0
     print(__doc__, file=sys.stderr)
@@ -477,3 +558,5 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except SweepError as wrong:
         sys.exit(str(wrong))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

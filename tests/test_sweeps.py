@@ -141,9 +141,72 @@ def test_job_runs_again_only_when_its_result_or_notebook_changed(tmp_path, noteb
     assert sweep.run_job(job, tmp_path / "out", 60, notebooks) == ""
     validate_record(record)
     write_notebook("print('changed')", MEASURE)
-    assert sweep.result(job, tmp_path / "out", notebooks).status == "done by other code"
+    assert sweep.result(job, tmp_path / "out", notebooks).status == "outdated"
     assert sweep.run_job(job, tmp_path / "out", 60, notebooks) == ""
     assert sweep.result(job, tmp_path / "out", notebooks).status == "done"
+
+
+def test_new_weights_under_an_old_name_are_run_again(tmp_path, notebooks, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_text("weights")
+    entry = {"models": [str(model)], "seeds": [1]}
+    [job] = sweep.read_sweep(write(tmp_path, **{"01_induction_ablation": entry}))
+    record = tmp_path / "out" / job.name / job.study / "record.json"
+    assert sweep.run_job(job, tmp_path / "out", 60, notebooks) == ""
+    first = record.stat()
+    assert sweep.result(job, tmp_path / "out", notebooks).status == "done"
+    (model / "model.safetensors").write_text("others!")
+    assert sweep.result(job, tmp_path / "out", notebooks).status == "outdated"
+    collected = sweep.collect(tmp_path / "sweep.yaml", tmp_path / "out", notebooks)
+    assert collected.startswith("1 jobs: 1 outdated;")
+    assert sweep.run_job(job, tmp_path / "out", 60, notebooks) == ""
+    assert record.stat() != first and sweep.result(job, tmp_path / "out", notebooks).status == "done"
+    monkeypatch.setattr(sweep, "versions", lambda: {"torch": "0.0"})
+    assert sweep.result(job, tmp_path / "out", notebooks).status == "outdated"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "data/organisms/a/manifest.json", "data/organisms/b/manifest.json", "my/model/model.safetensors",
+        "my/pairs.jsonl", "data/prompts/pairs.jsonl",
+    ],
+)  # fmt: skip
+def test_every_file_that_a_job_reads_is_part_of_what_it_is(tmp_path, monkeypatch, changed):
+    def put(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    for organism in "ab":
+        put(f"data/organisms/{organism}/manifest.json", '{"model.safetensors": "1", "README.md": "1"}')
+    for name in ("my/model/model.safetensors", "my/pairs.jsonl", "data/prompts/pairs.jsonl"):
+        put(name, "1")
+    others = {"compare_with": ["organism/b", "my/model"]}
+    prompts = {} if changed.startswith("data/prompts") else {"prompts": "my/pairs.jsonl"}
+    job = sweep.Job("03_refusal_low_rank", "g", "organism/a", 0, others | prompts)
+    before = sweep._identity(job, sweep.NOTEBOOKS)
+    put("data/organisms/a/README.md", "a card that is reworded changes no result")
+    put("data/organisms/a/manifest.json", '{"model.safetensors": "1", "README.md": "2"}')
+    assert sweep._identity(job, sweep.NOTEBOOKS) == before
+    put(changed, '{"model.safetensors": "2"}')
+    assert sweep._identity(job, sweep.NOTEBOOKS) != before
+
+
+def test_model_of_the_hub_is_known_by_its_revision():
+    def identity(**given) -> str:
+        return sweep._identity(sweep.Job("02_neighbor_mixing", "g", model, 0, given), sweep.NOTEBOOKS)
+
+    model = "openai-community/gpt2"
+    pinned = sweep.registry.pinned(model)
+    assert (
+        pinned in identity()
+        and pinned not in identity(revision="main")
+        and "main" in identity(revision="main")
+    )
+    model = "someone/else"
+    assert '"someone/else": "newest"' in identity()
 
 
 def test_failed_job_keeps_its_notebook_and_is_named_in_the_table(tmp_path, notebooks, write_notebook):
@@ -172,6 +235,71 @@ def test_run_of_the_same_job_is_waited_for_and_its_result_taken(tmp_path, notebo
         assert waiting.is_alive()
     waiting.join(30)
     assert not waiting.is_alive() and record.stat() == first
+
+
+def test_kernel_that_outlived_its_job_is_waited_for_and_its_result_taken(tmp_path, notebooks):
+    [job] = jobs_of(tmp_path, [1])
+    home = tmp_path / "out" / job.name
+    assert sweep.run_job(job, tmp_path / "out", 60, notebooks) == ""
+    hold = f"""from pathlib import Path
+from lib.record import Lock
+lock = Lock(Path({str(home / job.study / ".lock")!r}))
+lock.take()
+input(print("held", flush=True) or "")"""
+    kernel = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert kernel.stdout.readline() == "held\n"
+    first = (home / job.study / "record.json").stat()
+    waiting = threading.Thread(target=sweep.run_job, args=(job, tmp_path / "out", 60, notebooks))
+    waiting.start()
+    time.sleep(1.5)
+    assert waiting.is_alive()
+    kernel.communicate("")
+    waiting.join(30)
+    assert not waiting.is_alive() and (home / job.study / "record.json").stat() == first
+
+
+LOOP = """import sys
+from pathlib import Path
+from sweeps import sweep
+path, out, notebooks = map(Path, sys.argv[1:])
+for job in sweep.read_sweep(path):
+    print(sweep.run_job(job, out, 60, notebooks), flush=True)"""
+
+
+@pytest.mark.parametrize("killed", ["all", "sweep"])
+def test_loop_over_jobs_that_is_killed_resumes_and_redoes_nothing(tmp_path, write_notebook, figures, killed):
+    notebooks = write_notebook("import time; time.sleep(2)", MEASURE).parent
+    jobs, out = jobs_of(tmp_path, [1, 2]), tmp_path / "out"
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", LOOP, tmp_path / "sweep.yaml", out, notebooks]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    run = start()
+    deadline = time.monotonic() + 100
+    while not (out / jobs[1].name / jobs[1].study).exists():  # its study has begun
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(run.pid).children(recursive=True)
+    for member in (psutil.Process(run.pid), *(family if killed == "all" else ())):
+        member.kill()
+    run.wait()
+    before = identities(out)
+    assert list(before) == [jobs[0].name]
+    said = start().communicate(timeout=100)[0]
+    assert said == "\n\n"
+    after = identities(out)
+    assert len(after) == 2 and before.items() <= after.items(), "a finished job ran again"
+    assert [sweep.result(job, out, notebooks).status for job in jobs] == ["done", "done"]
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+
+
+def test_unknown_job_is_named_with_the_nearest(tmp_path):
+    [job] = jobs_of(tmp_path, [1])
+    with pytest.raises(sweep.SweepError, match=f"no such job, '{job.name[:-1]}'; did you mean {job.name}?"):
+        sweep.main(["job", str(tmp_path / "sweep.yaml"), str(tmp_path / "out"), job.name[:-1]])
 
 
 def test_collected_table_holds_every_number_with_where_it_is_from(tmp_path, notebooks):
@@ -203,8 +331,16 @@ def test_collected_table_holds_every_number_with_where_it_is_from(tmp_path, note
 
 
 def row(model: str, seed: int, value: float | None, name: str = "a") -> dict:
-    return {"study": "s", "group": "g", "parameters": "{}", "kind": "metric", "name": name, "model": model,
-            "seed": seed, "value": value}
+    return {
+        "study": "s",
+        "group": "g",
+        "parameters": "{}",
+        "kind": "metric",
+        "name": name,
+        "model": model,
+        "seed": seed,
+        "value": value,
+    }
 
 
 def test_interval_is_over_models_where_a_group_has_several_else_over_seeds():
