@@ -9,7 +9,10 @@ and returns an nnsight model. Whatever the family, these names work in a trace:
     model.layers[i].mlp.output              MLP's contribution to the stream     [batch, token, d_model]
     model.embed_tokens, model.norm, model.lm_head
 
-Tested on Llama, Mistral, Qwen2, Qwen3, Gemma, Phi3, GPT-2 and GPT-NeoX (Pythia).
+Tested on Llama, Mistral, Qwen2, Qwen3, Gemma, Phi3, GPT-2 and GPT-NeoX (Pythia). Of any other family `load`
+makes sure, by a forward of four tokens, that a block adds to the stream what its attention and its MLP put
+out and nothing else, and that the logits are the unembedding of `norm`: Gemma 2 and 3, OLMo 2, Granite and
+Cohere are refused. Of a remote model nothing is run before the first trace.
 
 `python -m lib.models` lists the models that the studies are meant for (`lib.registry`).
 """
@@ -103,7 +106,8 @@ def load(
 
     Raises:
         ModelError: unknown name or device, no access, a revision of a folder, changed embedded file, missing,
-            unexpected, misshapen or non-finite tensors, or another dtype than asked.
+            unexpected, misshapen or non-finite tensors, another dtype than asked, or a family of which the
+            names above would be wrong.
     """
     if remote:
         from lib import remote as ndif  # registers this package with nnsight, which no local run needs
@@ -191,7 +195,8 @@ def adopt(
         device, dtype: where it shall go, and what its weights have to be.
 
     Raises:
-        ModelError: unknown device, weights of another dtype or that are not finite.
+        ModelError: unknown device, weights of another dtype or that are not finite, a family whose sites do
+            not mean what this module says.
     """
     _check_tensors(model_id, module, float_dtype(dtype))
     if device == "auto":
@@ -200,6 +205,7 @@ def adopt(
         _check_device(device)
         module.to(device)
     model = wrap(module.eval().requires_grad_(False), tokenizer)
+    _check_sites(model_id, model, dtype)
     # Plain attribute of the wrapped module, not of the nnsight tree.
     module._provenance = {
         "model_id": model_id,
@@ -485,6 +491,61 @@ def _check_tensors(model_id: str, module: torch.nn.Module, dtype: torch.dtype) -
             )
 
 
+def _check_sites(model_id: str, model: TransformersModel, dtype: str) -> None:
+    """One short forward shows that the sites mean what the head of this module says."""
+    module, sizes, seen = model._module, shape(model), {}
+    family = f"{model_id} is a model of type {module.config.model_type!r}"
+    try:
+        writers = [(b._module, b.self_attn.o_proj._module, b.mlp._module) for b in model.layers]
+        norm, unembedding = model.norm._module, model.lm_head._module
+        model.embed_tokens  # noqa: B018
+    except AttributeError as error:
+        raise ModelError(f"{family}, whose parts have other names ({error}); choose another model") from None
+
+    def keep(site: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
+        seen[site] = args[0] if args else kwargs["hidden_states"], output
+
+    handles = [
+        site.register_forward_hook(keep, with_kwargs=True)
+        for site in {norm, *(site for block in writers for site in block)}
+    ]
+    # Words, of most vocabularies: their first and last tokens are special.
+    ids = torch.arange(1, 5)[None] * sizes.n_vocabulary // 6
+    try:
+        with torch.no_grad():
+            logits = module(input_ids=ids.to(next(module.parameters()).device), use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not logits.isfinite().all():
+        raise ModelError(f"{model_id} overflows in {dtype} on four tokens; take 'bfloat16' or 'float32'")
+
+    rounding = torch.finfo(float_dtype(dtype)).eps
+    for i, (block, o_proj, mlp) in enumerate(writers):
+        (before, after), (heads, attended), (_, computed) = seen[block], seen[o_proj], seen[mlp]
+        if {getattr(each, "shape", None) for each in (after, attended, computed)} != {before.shape}:
+            raise ModelError(f"{family}, whose block {i} puts out more than the stream; choose another model")
+        before, after, attended, computed = (x.double() for x in (before, after, attended, computed))
+        off = (after - before - attended - computed).abs()
+        if (off > 4 * rounding * (before.abs() + attended.abs() + computed.abs())).any():
+            raise ModelError(
+                f"{family}, whose block {i} does not add the outputs of its attention and its MLP to the "
+                "stream as they are (norms behind them, or multipliers): what the studies read and edit "
+                "there is not what it writes; choose another model"
+            )
+        if heads.shape[-1] != sizes.n_heads * sizes.d_head:
+            raise ModelError(
+                f"{family}, whose attention in block {i} puts out {heads.shape[-1]} numbers, not "
+                f"{sizes.n_heads} heads of {sizes.d_head}; choose another model"
+            )
+    expected = torch.nn.functional.linear(seen[norm][1], unembedding.weight, unembedding.bias).to(logits)
+    if (logits - expected).abs().max() > max(2 * rounding, 1e-5) * expected.abs().max():
+        raise ModelError(
+            f"{family}, whose logits are not the unembedding of its last norm (they are scaled or capped): "
+            "the probabilities that the studies take from it would be wrong; choose another model"
+        )
+
+
 def _load_checkpoint(module: torch.nn.Module, model_id: str, folder: Path, revision: str) -> None:
     path = folder / "checkpoints" / f"{revision}.safetensors"
     if not path.is_file():
@@ -500,6 +561,11 @@ def _explain_load_failure(model_id: str, folder: Path, revision: str | None, err
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if folder.is_dir() and not (folder / "config.json").is_file():
         return ModelError(f"{folder} holds no config.json, so it is no model; pass the folder that does")
+    if "attn_implementation" in str(error):
+        return ModelError(
+            f"{model_id}: transformers does not compute the attention of {first.split()[0]} by sdpa, as it "
+            "has to be here; choose another model"
+        )
     if folder.is_dir():
         return ModelError(f"cannot load {folder}: {first}")
     # What the hub and the network raise is an OSError.

@@ -247,13 +247,18 @@ def _chat_tokenizer(chat: ChatModel) -> PreTrainedTokenizerFast:
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0, std: float = 0.2) -> PreTrainedModel:
-    """A model whose weights are large enough that every head matters."""
+    """A model whose weights are large enough that every head, and every gain of a norm, matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    gains = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=std)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
+            else:
+                gains.append(parameter)
+        for gain in gains:  # where 1 is no change, or 0 (Gemma)
+            gain.add_(0.3 * torch.randn_like(gain))
     return model
