@@ -84,7 +84,12 @@ def stack(vectors: torch.Tensor, cut: float = 0.1) -> Subspace:
     rows = vectors.double().cpu()
     lengths = rows.norm(dim=-1, keepdim=True)
     for i, length in enumerate(lengths.flatten().tolist()):
-        if not (np.isfinite(length) and length > 1e-8):
+        if not np.isfinite(length):
+            raise ValueError(
+                f"vector {i} is NaN or infinite: activations overflowed; load the model with dtype "
+                "'bfloat16' or 'float32'"
+            )
+        if length <= 1e-8:
             raise ValueError(
                 f"vector {i} has length {length:.1e} and no direction; leave it out (at layer 0 the last "
                 "tokens of all prompts of a template are the same)"
@@ -694,7 +699,7 @@ def orthogonalized(model: TransformersModel, basis: torch.Tensor, strength: floa
 
     Raises:
         ValueError: see `lib.generation.Ablation`; a basis of another width.
-        ModelError: a remote model, whose weights are on NDIF and not for us to edit.
+        ModelError: a remote model, whose weights are on NDIF and not for us to edit; a mixture of experts.
     """
     if is_remote(model):
         raise ModelError(
@@ -753,7 +758,12 @@ def _writers(model: TransformersModel) -> list[tuple[torch.nn.Module, str]]:
         found.append((backbone.wpe, "weight"))
     for block in model.layers:
         mlp = dict(block.mlp._module.named_children())
-        last = next(mlp[name] for name in ("down_proj", "c_proj", "dense_4h_to_h") if name in mlp)
+        last = next((mlp[name] for name in ("down_proj", "c_proj", "dense_4h_to_h") if name in mlp), None)
+        if last is None:
+            raise ModelError(
+                f"the MLPs of this {model._module.config.model_type!r} model are not written by one matrix "
+                "(a mixture of experts): they cannot be edited; use an Ablation"
+            )
         for projection in (block.self_attn.o_proj._module, last):
             found.append((projection, "weight"))
             if projection.bias is not None:
