@@ -90,4 +90,4 @@ def test_stored_figure_of_the_energies_names_the_means_that_are_on_record():
     for vectors, energies in zip(("random vectors", "the words"), top.mean(axis=-1), strict=True):
         for what, energy in zip(("top head", "ideal copier", "turned"), energies, strict=True):
             assert record.metrics[f"energy, {what}, {vectors}"].value == pytest.approx(energy)
-            assert what == "turned" or f" {energy:.2f}" in alt
+            assert what == "turned" or f" at {energy:.2f}" in alt
