@@ -27,6 +27,25 @@ def is_attended() -> bool:
     return bool(parent and parent.get("content", {}).get("allow_stdin"))
 
 
+def cells_from_here() -> list[str]:
+    """Sources of the running cell and, as they come to run, of those after it; empty outside a notebook.
+
+    IPython's own list, `In`, would not do: nbval keeps its cells out of the history.
+    """
+    shell = _shell()
+    if not is_running():
+        return []
+    request = shell.kernel.get_parent()["content"]
+    cells = [request["code"]]
+
+    def add(info: Any) -> None:
+        if info.store_history == request["store_history"]:  # else a tool asks the kernel, not a cell
+            cells.append(info.raw_cell)
+
+    shell.events.register("pre_run_cell", add)
+    return cells
+
+
 class PlainError(Exception):
     """An error that the user mends, not the programmer: a notebook shows its message in place of the
     traceback, under which it would drown."""

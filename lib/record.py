@@ -143,8 +143,7 @@ class Study:
         self._metrics: dict[str, Metric] = {}
         self._models: list[dict[str, Any]] = []
         self._artifacts: dict[str, Artifact] = {}
-        self._cells = namespace.get("In", ())  # sources of the cells that ran; this one is the last so far
-        self._first_cell = max(0, len(self._cells) - 1)
+        self._cells = kernel.cells_from_here()
         self._lock = Lock(self.folder / ".lock")
         self._check_folder()
         self._reopen()
@@ -227,7 +226,7 @@ class Study:
             commit=commit,
             dirty=dirty,
             code=code_version(),
-            notebook=cells_hash(self._cells[self._first_cell :]),
+            notebook=cells_hash(self._cells),
             versions=versions(),
             started=self._started,
             seconds=round(time.monotonic() - self._clock, 1),
@@ -482,7 +481,7 @@ _SOURCES_AT_IMPORT = _sources_hash()
 
 
 def cells_hash(sources: Iterable[str]) -> str | None:
-    """Hash over the code cells of a notebook, as a file or IPython holds them; None if there are none."""
+    """Hash over the code cells of a notebook; None if there are none."""
     cells = [source.rstrip() for source in sources]
     return _short_hash(json.dumps(cells)) if cells else None
 

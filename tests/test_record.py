@@ -11,14 +11,16 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 import lib.record
 from lib import ROOT
 from lib.claims import Claim
 from lib.parameters import InductionAblation, NeighborMixing, ParameterError
-from lib.record import Cache, RecordError, Study, read_records, record_paths, validate_record
+from lib.record import Cache, RecordError, Study, cells_hash, read_records, record_paths, validate_record
 
 KEY = {"code": "of this file", "seq_len": 200, "weights": "abc", "ks": [1, 2]}
 
@@ -108,9 +110,7 @@ def test_function_whose_code_is_in_no_key_is_refused(tmp_path):
     computes = [Counted(), lambda: {"x": 1}, functools.partial(Counted().__call__)]
     for enabled in (True, False):
         for compute in computes:
-            with pytest.raises(
-                ValueError, match="cache sweep: test_record is not of lib, whose code"
-            ):
+            with pytest.raises(ValueError, match="cache sweep: test_record is not of lib, whose code"):
                 Cache(tmp_path, enabled).get("sweep", {"seq_len": 200}, compute)
     compute = functools.partial(lib.record._arrays, "x", {"x": [1]})
     assert Cache(tmp_path).get("sweep", {"seq_len": 200}, compute)["x"].tolist() == [1]
@@ -308,6 +308,57 @@ def test_record_tells_what_was_run(study, figure, figures):
     assert {file.name for file in path.parent.iterdir()} == {*record.artifacts, "record.json"}
 
 
+class Ways:
+    """A notebook run by papermill, by nbval, and cell by cell as JupyterLab does."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def papermill(self, notebook: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "papermill", notebook, self.folder / "out.ipynb", *options]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def nbval(self, notebook: Path) -> None:
+        options = ["-c", os.devnull, "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
+        command = [sys.executable, "-m", "pytest", *options, notebook]
+        run = subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True)
+        assert " passed" in run.stdout and " failed" not in run.stdout, run.stdout
+
+    def lab(self, notebook: Path, order: tuple[int, ...] = ()) -> None:
+        sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
+        manager, client = start_new_kernel()
+        for i in order or range(len(sources)):
+            reply = client.execute_interactive(sources[i], allow_stdin=True, timeout=60, output_hook=str)
+            assert reply["content"]["status"] == "ok"
+            client.execute_interactive("len(dir())", store_history=False, timeout=60, output_hook=str)  # a tool
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_record_knows_the_cells_that_ran_however_the_notebook_was_run(write_notebook, figures, tmp_path):
+    """The setup cell and all after it, without prose and parameters."""
+    ways, path = Ways(tmp_path), figures / "01_induction_ablation" / "record.json"
+    body = "from lib import claims  # a comment\n\nx = [p.seq_len,\n     2]"
+
+    def cells_of(run, *arguments) -> str:
+        path.unlink(missing_ok=True)
+        run(*arguments)
+        return validate_record(path).notebook
+
+    notebook = write_notebook(body, "_ = study.close()")
+    expected = cells_hash(cell.source for cell in nbformat.read(notebook, as_version=4).cells[1:])
+    assert cells_of(ways.papermill, notebook) == expected
+    assert cells_of(ways.papermill, notebook, "-p", "seq_len", "300") == expected
+    assert cells_of(ways.nbval, notebook) == expected
+    assert cells_of(ways.lab, notebook) == expected
+    assert cells_of(ways.lab, notebook, (0, 1, 2, 1, 2, 3)) == expected, "run again from the setup cell"
+    assert cells_of(ways.lab, notebook, (0, 1, 2, 2, 3)) != expected
+    notebook = write_notebook(body.replace("2]", "3]"), "_ = study.close()")
+    assert cells_of(ways.papermill, notebook) != expected
+    Study(InductionAblation, {}).close()
+    assert validate_record(path).notebook is None, "no notebook ran"
+
+
 def test_notebook_shows_the_claims_at_the_end(study):
     study.claim(Claim.test("a", "It rises", source="here", measured=0.2, above=0.0))
     table = study.close()
@@ -367,9 +418,7 @@ def test_record_that_can_not_be_written_leaves_none(study, monkeypatch):
 def test_folder_of_another_study_is_left_as_it_is(study, figure, tmp_path):
     path = finish(study, figure)
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
-    with pytest.raises(
-        ParameterError, match="^out_dir: .* holds a run of 01_induction_ablation; name"
-    ):
+    with pytest.raises(ParameterError, match="^out_dir: .* holds a run of 01_induction_ablation; name"):
         Study(NeighborMixing, {"out_dir": str(path.parent)})
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
 
@@ -377,9 +426,7 @@ def test_folder_of_another_study_is_left_as_it_is(study, figure, tmp_path):
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_folder_that_can_not_be_written_to_is_said_before_anything_is_computed(tmp_path, place):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        ParameterError, match="^out_dir: .*/file.* can not be written to .*; name another"
-    ):
+    with pytest.raises(ParameterError, match="^out_dir: .*/file.* can not be written to .*; name another"):
         Study(InductionAblation, {"out_dir": str(tmp_path / place)})
     assert (tmp_path / "file").read_text() == ""
 
@@ -435,9 +482,7 @@ def other_run(figures):
 
 
 def test_two_runs_at_once_do_not_share_a_folder(other_run, figure):
-    message = (
-        rf"another run \(process {other_run.process.pid}\) is at work in .*; wait for it, end its"
-    )
+    message = rf"another run \(process {other_run.process.pid}\) is at work in .*; wait for it, end its"
     with pytest.raises(ParameterError, match=f"^out_dir: {message} kernel, or name another folder$"):
         Study(InductionAblation, {})
     other_run.execute("study.close()")
