@@ -330,7 +330,7 @@ class Ways:
         for i in order or range(len(sources)):
             reply = client.execute_interactive(sources[i], allow_stdin=True, timeout=60, output_hook=str)
             assert reply["content"]["status"] == "ok"
-            client.execute_interactive("len(dir())", store_history=False, timeout=60, output_hook=str)  # a tool
+            client.execute_interactive("1", store_history=False, timeout=60, output_hook=str)  # a tool
         client.stop_channels()
         manager.shutdown_kernel(now=True)
 
