@@ -31,7 +31,7 @@ CASES = {
     "wide": dict(shape=(2, 512, 1408, 8, 2, 4000), walks=16, tokens=300, rows=32),
     "large vocabulary": dict(shape=(2, 128, 384, 4, 4, 64000), walks=4, tokens=1000, rows=16),
 }
-N_WORDS, WINDOW = 16, 100
+N_WORDS, WINDOW, N_LAYOUTS = 16, 100, 4
 
 
 def main() -> None:
@@ -104,7 +104,9 @@ def measure(settings: dict, folder: str, device: str, dtype: str) -> dict[str, t
         else:
             found[name] = (megabytes_of("VmHWM") - before) * 2**20 / 1e6
         _forget(on_gpu)
-    plan = memory.plan(model, conditions, n_words=N_WORDS, window=WINDOW, layer=layer, **of_walks)
+    plan = memory.plan(
+        model, conditions, n_words=N_WORDS, window=WINDOW, layer=layer, n_layouts=N_LAYOUTS, **of_walks
+    )
     where = "device" if on_gpu else "host"
     return {stage.name: (getattr(stage, where) / 1e6, found[stage.name]) for stage in plan.stages}
 
@@ -169,9 +171,17 @@ def _stages(model, conditions, layer: int, *, n_walks: int, seq_len: int, batch_
     stream = torch.cat(list(batches.Batches(batch_size).map(window_stream, ids)))
     yield "streams of the last window"
     stretch = np.arange(seq_len) * 8 // seq_len * N_WORDS
-    sums = interventions.layer_class_sums(model, ids, stretch + nodes, 8 * N_WORDS, batch_size=batch_size)
+    groups = np.stack([nodes, nodes + N_WORDS, nodes + 2 * N_WORDS + stretch])
+    drawn = list({condition.name: condition for condition in conditions}.values())[:4]
+    kept = []
+    for dealt in walks.layouts(N_WORDS, N_LAYOUTS, 0):
+        sums, _ = interventions.layer_class_sums(
+            model, models.with_bos(model, tokens[dealt][nodes]), groups, 10 * N_WORDS, conditions=drawn,
+            batch_size=batch_size,
+        )  # fmt: skip
+        kept.append(sums[0, :, : 2 * N_WORDS].copy())
     yield "class sums of all layers"
-    del sweeps, accuracies, stream, sums  # until here they live
+    del sweeps, accuracies, stream, kept  # until here they live
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 import scipy.spatial
 
 from lib.walks import Graph
@@ -340,35 +339,82 @@ def map_gram(graph: Graph, trace: float, squared_norm: float, self_weight: float
     )
 
 
-class MixingFit(NamedTuple):
-    """How much of each word, and of its neighbours, a cloud of class means holds (`fit_mixing`)."""
+class WordVectors(NamedTuple):
+    """What a stream holds of each word, by where the word stands [layer, word, d]; centred over the words.
 
-    own: float  # coefficient of I: s^2
-    aligned: float  # coefficient of A + A^T: positive where neighbours enter as they are
-    neighbours: float  # coefficient of A A^T
-    explained: float  # share of the Gram matrix's squared entries that the fit explains
-    energy: float  # Dirichlet energy of the top two components that the fit predicts
-
-
-def fit_mixing(points: np.ndarray, graph: Graph) -> MixingFit:
-    """Least-squares fit of the mixing model s^2 I + c (A + A^T) + f A A^T to points [node, d].
-
-    The Gram matrix of the centred points is fitted on the centred terms of `map_gram`; absent nodes
-    are left out of both. What the model cannot hold, such as words of unequal length, lowers `explained`.
+    A word that was never read is NaN in `own`, and 0 in the others.
     """
-    points = np.asarray(points, dtype=np.float64)
-    present = _present(points, at_least=3)
-    centring = np.eye(present.sum()) - 1 / present.sum()
-    mean = neighbour_mean(graph)
-    terms = [np.eye(graph.n_nodes), mean + mean.T, mean @ mean.T]
-    centred = [centring @ term[np.ix_(present, present)] @ centring for term in terms]
-    basis = np.stack([term.ravel() for term in centred], axis=1)
-    target = (centring @ points[present] @ points[present].T @ centring).ravel()
-    # Of the three, s^2 and f are squares.
-    weights = scipy.optimize.lsq_linear(basis, target, bounds=([0, -np.inf, 0], np.inf)).x
-    left = ((target - basis @ weights) ** 2).sum() / (target**2).sum()
-    gram = sum(weight * term for weight, term in zip(weights, terms, strict=True))
-    return MixingFit(*map(float, weights), float(1 - left), predicted_energy(gram, graph, k=2))
+
+    own: np.ndarray  # at the token itself
+    before: np.ndarray  # at the token before
+    neighbours: np.ndarray  # at the nodes beside that of the token, whichever of them came before
+
+    def mixing(self) -> tuple[np.ndarray, np.ndarray]:
+        """c and f of `map_gram`, relative to the words' own share, [layer] each.
+
+        The mean activation of a word holds its neighbours twice: as those which were just before, and as the
+        nodes beside it. For o their sum and e the own vectors, c = sum e . o / sum e . e over the words, and
+        f = sum o . o / sum e . e.
+        """
+        other, size = self.before + self.neighbours, np.nansum(self.own**2, axis=(-2, -1))
+        aligned = np.nansum(self.own * other, axis=(-2, -1))
+        return aligned / size, (other**2).sum((-2, -1)) / size
+
+    def means(self, layout: np.ndarray, graph: Graph) -> np.ndarray:
+        """Word means that the vectors make on a layout int [node] of the words, [layer, node, d]."""
+        other = self.before + self.neighbours
+        return self.own[:, layout] + neighbour_mean(graph) @ other[:, layout]
+
+
+class WordRegression:
+    """Least-squares fit of activations to the words read: own, before, and at the neighbouring nodes.
+
+    An activation at node i behind node j is modelled as own[w_i] + before[w_j] + the mean over i's
+    neighbours k of neighbours[w_k]. With one layout of the words this has no single solution, because a word
+    always has the same neighbours; over several layouts it has.
+
+    Args:
+        own: activations summed by node, [layout, layer, node, d].
+        before: the same activations summed by the node before.
+        pairs: their number by node and node before, int [layout, node, node].
+        layouts: the word at each node, int [layout, node].
+        graph: of the walks.
+    """
+
+    def __init__(
+        self, own: np.ndarray, before: np.ndarray, pairs: np.ndarray, layouts: np.ndarray, graph: Graph
+    ):
+        n = graph.n_nodes
+        node, previous = np.divmod(np.arange(n * n), n)
+        words = np.eye(n)[layouts]  # [layout, node, word]
+        beside = neighbour_mean(graph) @ words
+        columns = [words[:, node], words[:, previous], beside[:, node]]
+        rows = np.concatenate(columns, axis=-1)  # [layout, pair, 3n]
+        weights = np.asarray(pairs, dtype=np.float64).reshape(len(layouts), -1, 1)
+        self._gram = rows.transpose(0, 2, 1) @ (weights * rows)  # [layout, 3n, 3n]
+        parts = [(words, own), (words, before), (beside, own)]
+        turned = [each.transpose(0, 2, 1)[:, None] @ sums for each, sums in parts]
+        self._cross = np.concatenate(turned, axis=2)  # [layout, layer, 3n, d]
+        self._unread = [np.einsum("lij,liw->lw", pairs, words), np.einsum("lij,ljw->lw", pairs, words)]
+
+    def fit(self, layouts: np.ndarray | slice = slice(None)) -> WordVectors:
+        """The vectors from the layouts with these indices, with repetitions for a bootstrap."""
+        inverse = np.linalg.pinv(self._gram[layouts].sum(0), hermitian=True)
+        solved = inverse @ self._cross[layouts].sum(0)  # [layer, 3n, d]
+        read = [counts[layouts].sum(0) > 0 for counts in self._unread]  # [word]
+        own, before, neighbours = np.split(solved, 3, axis=1)
+        own[:, ~read[0]] = np.nan
+        before[:, ~read[1]] = neighbours[:, ~read[1]] = np.nan
+        centred = (part - np.nanmean(part, axis=1, keepdims=True) for part in (own, before, neighbours))
+        own, *others = centred
+        return WordVectors(own, *map(np.nan_to_num, others))
+
+
+def nearest(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Index of the centroid [class, d] that each point [..., d] is nearest to, int [...]; NaN is none."""
+    known = np.nan_to_num(centroids)
+    distance = (known**2).sum(-1) - 2 * points @ known.T  # but for the point's own length
+    return np.where(np.isnan(centroids).any(-1), np.inf, distance).argmin(-1)
 
 
 def harmonics(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

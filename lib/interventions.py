@@ -209,53 +209,130 @@ def ablation_conditions(
     return conditions
 
 
+def layer_controls(
+    ranked: Mapping[str, Sequence[Head]],
+    k_values: Sequence[int],
+    n_draws: int,
+    *,
+    n_layers: int,
+    n_heads: int,
+    seed: int = 0,
+) -> list[Condition]:
+    """Controls beside those of `ablation_conditions`, for a model of few heads: by layer.
+
+    "layer i" ablates a whole layer. "random above 0" draws max(k) heads of layers above the first, outside
+    the top max(k) of every list. "rest like NAME" draws as many heads in every layer as the top k of the list
+    NAME has there, outside the top k of every list, for the sizes that have no "random like NAME".
+
+    Args:
+        ranked, k_values, n_draws, n_layers, n_heads, seed: of `ablation_conditions`.
+
+    Returns:
+        The conditions; controls for which too few heads are left are missing.
+    """
+    every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    conditions = [Condition(f"layer {layer}", _of_layer(every, layer)) for layer in range(n_layers)]
+    for draw in range(n_draws):
+        order = [every[i] for i in np.random.default_rng([seed, draw]).permutation(len(every))]
+
+        def outside(k: int, order: list[Head] = order) -> list[Head]:
+            return [head for head in order if not any(head in heads[:k] for heads in ranked.values())]
+
+        above = [head for head in outside(max(k_values)) if head[0]][: max(k_values)]
+        if len(above) == max(k_values):
+            conditions.append(Condition("random above 0", above, draw))
+        for name, heads in ranked.items():
+            for k in sorted(set(k_values)):
+                layers = Counter(layer for layer, _ in heads[:k])
+                rest, published = (
+                    [head for layer, n in layers.items() for head in _of_layer(pool, layer)[:n]]
+                    for pool in (outside(k), outside(max(k_values)))
+                )
+                if len(published) < k == len(rest):
+                    conditions.append(Condition(f"rest like {name}", rest, draw))
+    return conditions
+
+
 def layer_class_sums(
     model: TransformersModel,
     ids: torch.Tensor,
     labels: np.ndarray,
     n_classes: int,
     *,
+    conditions: Sequence[Condition] = (Condition("baseline"),),
+    fill: torch.Tensor | None = None,
     n_prefix: int = 1,
     batch_size: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class sums of the residual stream at every layer, of the unablated model.
+    """Class sums of the residual stream at every layer, over all sequences, under every condition.
 
     Args:
         model: from `lib.models.load`.
         ids: token ids [sequence, prefix + token].
-        labels: class of each token after the prefix, -1 for none [sequence, token].
-        n_classes: number of classes.
+        labels: class of each token after the prefix, -1 for none [sequence, token]; or several groupings of
+            the tokens at once [grouping, sequence, token], with classes of their own each.
+        n_classes: number of classes, of all groupings together.
+        conditions: which heads to ablate in each; the model as it is by default.
+        fill: what the outputs of ablated heads become [layer, head, d_head]; zero by default.
         n_prefix: leading tokens that are not measured.
         batch_size: sequences a forward; 0 chooses by memory.
 
     Returns:
-        The sums, float32 [layer, sequence, class, d_model]: layer i is the input of block i, the last entry
-        the output of the last block. And the numbers of tokens in them, int [sequence, class]. Means over any
-        of the sequences: `lib.geometry.means_of`.
+        The sums, float32 [condition, layer, class, d_model]: layer i is the input of block i, the last entry
+        the output of the last block. And the number of tokens in them, int [class]. Means:
+        `lib.geometry.means_of`.
 
     Raises:
-        ValueError: labels that do not fit the sequences or the classes, sequences that the model cannot
-            take, activations that are not finite.
+        ValueError: labels that do not fit the sequences or the classes, sequences or heads that the model
+            does not have, activations that are not finite.
     """
+    sizes, groupings = shape(model), labels.reshape(-1, *labels.shape[-2:])
     _check_sequences(model, ids, n_prefix)
-    _check_labels(labels, ids, n_prefix, n_classes)
-    sizes, groups = shape(model), torch.from_numpy(labels)
-    # Batches are written where they belong: to join them at the end would take the memory twice.
-    found = torch.empty(sizes.n_layers + 1, len(ids), n_classes, sizes.d_model)
+    for grouping in groupings:
+        _check_labels(grouping, ids, n_prefix, n_classes)
+    for head in sorted(frozenset().union(*(condition.heads for condition in conditions))):
+        check_head(sizes, *head)
+    unique, masks = distinct_heads(conditions, sizes)
+    plan = SweepPlan(masks, shared=not is_remote(model))
+    groups = torch.from_numpy(groupings)
 
-    def run(rows: range) -> None:
-        here = slice(rows.start, rows.stop)
-        batch, of = ids[here].to(model.device), groups[here]
-        with torch.no_grad(), model.trace(batch, use_cache=False) as tracer:
-            sums = [class_sums(block.input[:, n_prefix:], of, n_classes).cpu() for block in model.layers]
-            sums.append(class_sums(model.layers[-1].output[:, n_prefix:], of, n_classes).cpu())
-            part = torch.stack(sums).save()
-            tracer.stop()
-        found[:, here] = part
+    def run(rows: range) -> torch.Tensor:
+        batch, of = ids[rows.start : rows.stop].to(model.device), groups[:, rows.start : rows.stop]
+        sums = torch.empty(len(unique), sizes.n_layers + 1, n_classes, sizes.d_model)
+        streams = {}  # condition, layer: where others go on from
+        for i, ablated in enumerate(masks):
+            layers = {layer for layer, _ in unique[i]}
+            parent, first = plan.parents[i], plan.starts[i]
+            entry, wanted = streams.get((parent, first)), plan.wanted[i]
+            fills = None if fill is None else fill.to(model.device)
+            with torch.no_grad(), model.trace(batch, use_cache=False) as tracer:
+                kept, read = {}, []
+                for index, block in enumerate(model.layers):
+                    if index < first:
+                        block.skip(entry)
+                        continue
+                    stream = block.input
+                    if index in wanted:
+                        kept[index] = stream.detach().clone()
+                    read.append(_grouped_sums(stream[:, n_prefix:], of, n_classes).cpu())
+                    if index in layers:
+                        ablate_heads(block, ablated[index], None if fills is None else fills[index])
+                read.append(_grouped_sums(model.layers[-1].output[:, n_prefix:], of, n_classes).cpu())
+                measured = {"kept": kept, "sums": torch.stack(read)}.save()
+                tracer.stop()
+            streams |= {(i, index): stream for index, stream in measured["kept"].items()}
+            sums[i, :first] = sums[parent, :first]
+            sums[i, first:] = measured["sums"]
+        return sums
 
-    for _ in Batches(batch_size or auto_batch_size(model, ids.shape[1])).map(run, range(len(ids))):
-        pass
-    return found.numpy(), _class_counts(labels, n_classes)
+    sums = sum(Batches(batch_size or auto_batch_size(model, ids.shape[1])).map(run, range(len(ids)))).numpy()
+    places = [unique.index(condition.heads) for condition in conditions]
+    return sums[places], sum(_class_counts(grouping, n_classes).sum(0) for grouping in groupings)
+
+
+def _grouped_sums(stream: torch.Tensor, groups: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """Class sums [class, d] of a batch, each token in a class of every grouping [grouping, batch, token]."""
+    return sum(class_sums(stream, labels, n_classes).sum(0) for labels in groups)
 
 
 def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> torch.Tensor:

@@ -132,6 +132,7 @@ def plan(
     n_words: int,
     window: int,
     layer: int,
+    n_layouts: int = InductionAblation.model_fields["n_layouts"].default,
     batch_size: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -147,6 +148,7 @@ def plan(
         n_words: words of the graph.
         window: last tokens of a walk whose streams are compared.
         layer: whose input is read.
+        n_layouts: of the words, over which word means are taken at every layer.
         batch_size: rows a forward; 0 chooses as the run will.
         dtype, device: of a configuration, as in `lib.models.load`; a loaded model has its own.
         free: bytes of device memory that are left beside the weights of a configuration, for the choice of
@@ -200,13 +202,18 @@ def plan(
         2 * streams,
     )
     held += streams
-    sums = 4 * (sizes.n_layers + 1) * n_walks * n_bins * n_words * sizes.d_model
+    # By node, by the node before and by stretch, layout by layout.
+    groups, n_classes = np.stack([classes] * 3), (2 + n_bins) * n_words
     forward = rehearsal.peak(
-        lambda m: interventions.layer_class_sums(m, ids(length), classes, n_bins * n_words, batch_size=rows)
+        lambda m: interventions.layer_class_sums(m, ids(length), groups, n_classes, batch_size=rows)
     )
-    others = sums * (n_walks - len(classes)) // n_walks  # the array is there from the first batch on
-    add("class sums of all layers", forward, others)
-    held += sums
+    of_layers = 4 * (sizes.n_layers + 1) * n_words * sizes.d_model
+    kept = 2 * n_layouts * of_layers
+    # Three more conditions, which start from streams of the first; the sums of two batches are added.
+    entries = len(classes) * length * sizes.d_model * dtype.itemsize
+    forward = Peak(forward.device + 3 * entries, forward.host + 3 * entries)
+    add("class sums of all layers", forward, kept + 7 * (2 + n_bins) * of_layers)
+    held += kept + 3 * n_layouts * of_layers  # a product of each, and one of both
     if trained := getattr(config, "training_length", None):
         twice = min(sizes.n_positions, 2 * trained)
         rows_twice = batch_size or choose(twice)
@@ -378,7 +385,7 @@ def plan_study(
     reserved = weights_of(config, dtype) + CUDA_CONTEXT
     return plan(
         config, conditions, n_walks=study.n_walks, seq_len=study.seq_len, n_words=study.word_graph().n_nodes,
-        window=study.window, layer=study.read_layer(n_layers),
+        window=study.window, layer=study.read_layer(n_layers), n_layouts=study.n_layouts,
         batch_size=batch_size or study.batch_size, dtype=dtype, device=device, free=max(0, card - reserved),
     )  # fmt: skip
 

@@ -178,6 +178,16 @@ def random_walks(graph: Graph, n_walks: int, length: int, seed: int) -> np.ndarr
     return walks
 
 
+def layouts(n_nodes: int, n_layouts: int, seed: int) -> np.ndarray:
+    """Words dealt to the nodes of a graph again and again, int [layout, node]: the word at each node.
+
+    The first layout is the given order. More layouts leave the first ones as they were.
+    """
+    _check_sizes("layouts", n_layouts=(n_layouts, 1))
+    dealt = [np.random.default_rng([seed, i]).permutation(n_nodes) for i in range(1, n_layouts)]
+    return np.stack([np.arange(n_nodes), *dealt])
+
+
 def other_nodes(
     now: np.ndarray, before: np.ndarray, graph: Graph, *, neighbours: bool, seed: int
 ) -> np.ndarray:

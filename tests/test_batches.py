@@ -38,7 +38,9 @@ MEASUREMENTS = {
     "ablation_sweep": sweep,
     "ablation_sweep, mean": lambda model, n: sweep(model, n, fill=torch.ones(3, 4, 8)),
     "mean_head_outputs": lambda model, n: mean_head_outputs(model, IDS, batch_size=n).numpy(),
-    "layer_class_sums": lambda model, n: layer_class_sums(model, IDS, LABELS, N_CLASSES, batch_size=n)[0],
+    "layer_class_sums": lambda model, n: layer_class_sums(
+        model, IDS, LABELS, N_CLASSES, conditions=CONDITIONS, batch_size=n
+    )[0],
     "attention_spectra": lambda model, n: attention_spectra(model, IDS, n_prefix=1, batch_size=n),
     "head_scores": lambda model, n: head_scores(model, range(2, 30), **STIMULUS, batch_size=n).induction,
     "second_copy_loss": lambda model, n: second_copy_loss(model, range(2, 30), **STIMULUS, batch_size=n),

@@ -9,17 +9,19 @@ from scipy.stats import mannwhitneyu, ortho_group, wishart
 
 from lib.geometry import (
     ClassSums,
+    WordRegression,
     absent_nodes,
     class_means,
     dirichlet_energy,
     effective_rank,
-    fit_mixing,
     half_way,
     harmonics,
     in_betweenness,
     map_gram,
+    means_of,
     mixing_gram,
     mixing_matrix,
+    nearest,
     neighbour_mean,
     neighbour_separation,
     participation_ratio,
@@ -31,7 +33,7 @@ from lib.geometry import (
     shuffled_label_null,
     simulate_mixing,
 )
-from lib.walks import graph_from_edges, grid_graph, hexagonal_graph, ring_graph
+from lib.walks import graph_from_edges, grid_graph, hexagonal_graph, layouts, random_walks, ring_graph
 
 GRID = grid_graph(4, 4)
 GRAPHS = [GRID, ring_graph(9), hexagonal_graph(2, 2), graph_from_edges(["a-b", "b-c", "c-d", "c-e", "e-a"])]
@@ -439,22 +441,64 @@ def test_coordinate_projection_stands_for_any_projection():
         simulate_mixing(GRID, 20, rank=21)
 
 
-@pytest.mark.parametrize(("own", "lean"), [(1.0, 1.0), (1.0, -0.5), (0.3, 0.0)])
-def test_fit_recovers_a_planted_mixing(own, lean):
-    """Vectors mixed by own * e_i + W mean_j e_j, where W turns half of the dimensions away or around."""
-    graph, d = grid_graph(4, 4), 20_000
-    vectors = np.random.default_rng(0).normal(size=(16, d)) / np.sqrt(d)
-    signs = np.where(np.arange(d) < d * (1 + lean) / 2, 1.0, -1.0)  # tr W / d = lean, |W|^2 / d = 1
-    mixed = own * vectors + (neighbour_mean(graph) @ vectors) * signs
-    fit = fit_mixing(mixed, graph)
-    assert fit.own == pytest.approx(own**2, abs=0.05)
-    assert fit.aligned == pytest.approx(own * lean, abs=0.05)
-    assert fit.neighbours == pytest.approx(1.0, abs=0.1)
-    assert fit.explained > 0.98
-    assert fit.energy == pytest.approx(plane_energy(mixed, graph), abs=0.25)
+def planted(n_layouts: int, d: int = 64, graph=GRID, seed: int = 0):
+    """Activations of random walks that hold own, before and neighbours' vectors of the words, no noise."""
+    rng = np.random.default_rng(seed)
+    own, before, beside = (rng.normal(size=(2, graph.n_nodes, d)) for _ in range(3))  # [layer, word, d]
+    dealt, nodes = layouts(graph.n_nodes, n_layouts, seed), random_walks(graph, 6, 200, seed)
+    now, previous = nodes[:, 1:].ravel(), nodes[:, :-1].ravel()
+    pairs = np.zeros((n_layouts, graph.n_nodes, graph.n_nodes), dtype=int)
+    np.add.at(pairs, (slice(None), now, previous), 1)
+    sums = np.zeros((2, n_layouts, 2, graph.n_nodes, d))
+    for i, words in enumerate(dealt):
+        mean = (neighbour_mean(graph) @ beside[:, words])[:, now]
+        stream = own[:, words[now]] + before[:, words[previous]] + mean
+        np.add.at(sums[0, i], (slice(None), now), stream)
+        np.add.at(sums[1, i], (slice(None), previous), stream)
+    means = means_of(sums[0], pairs.sum(-1)[:, None])
+    return (own, before, beside), WordRegression(*sums, pairs, dealt, graph), means
 
 
-def test_squares_of_a_fit_are_not_negative():
-    fits = [fit_mixing(cloud(16, 5, seed), GRID) for seed in range(4)]
-    assert min(fit.neighbours for fit in fits) == pytest.approx(0, abs=1e-9)  # unbounded: down to -.9
-    assert min(min(fit.own, fit.neighbours) for fit in fits) >= 0 and fits[2].neighbours > 1
+def test_regression_over_layouts_recovers_planted_vectors():
+    vectors, regression, means = planted(n_layouts=6)
+    found = regression.fit()
+    centred = [each - each.mean(1, keepdims=True) for each in vectors]
+    for name, mine in zip(found._fields, centred, strict=True):
+        np.testing.assert_allclose(getattr(found, name), mine, atol=1e-6, err_msg=name)
+    own, other = centred[0], centred[1] + centred[2]
+    aligned, neighbours = found.mixing()
+    for layer in range(2):
+        assert aligned[layer] == pytest.approx((own[layer] * other[layer]).sum() / (own[layer] ** 2).sum())
+        assert neighbours[layer] == pytest.approx((other[layer] ** 2).sum() / (own[layer] ** 2).sum())
+    # The vectors of some layouts make the means of another one, but for the draws of the walks.
+    some, layout = regression.fit(np.arange(5)), layouts(16, 6, 0)[5]
+    np.testing.assert_allclose(some.own, centred[0], atol=1e-6)
+    for layer in range(2):
+        made, real = some.means(layout, GRID)[layer], means[5, layer]
+        assert plane_energy(made, GRID) == pytest.approx(plane_energy(real, GRID), abs=0.3)
+
+
+def test_one_layout_can_not_tell_a_word_from_its_neighbours():
+    vectors, regression, _ = planted(n_layouts=1)
+    assert np.abs(regression.fit().own - (vectors[0] - vectors[0].mean(1, keepdims=True))).max() > 0.1
+
+
+def test_word_that_was_never_read_has_no_vector():
+    dealt = layouts(4, 5, 0)
+    ring = ring_graph(4)
+    pairs = np.zeros((5, 4, 4), dtype=int)
+    pairs[:, ring.adjacency] = 3
+    pairs[np.arange(5), (dealt == 2).argmax(1)] = 0  # the node at which word 2 stands is never reached
+    sums = np.random.default_rng(0).normal(size=(2, 5, 1, 4, 7)) * (pairs.sum(-1) > 0)[None, :, None, :, None]
+    found = WordRegression(*sums, pairs, dealt, ring).fit()
+    assert np.isnan(found.own[0, 2]).all() and np.isfinite(np.delete(found.own, 2, axis=1)).all()
+    assert all(np.isfinite(each).all() for each in found.mixing())
+    assert absent_nodes(found.means(dealt[0], ring)[0]).tolist() == [2]
+
+
+def test_nearest_centroid():
+    points = np.random.default_rng(0).normal(size=(5, 6, 3))
+    centroids = np.random.default_rng(1).normal(size=(4, 3))
+    centroids[2] = np.nan
+    distance = np.linalg.norm(points[..., None, :] - centroids, axis=-1)
+    assert (nearest(points, centroids) == np.nanargmin(distance, axis=-1)).all()

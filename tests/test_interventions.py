@@ -15,6 +15,7 @@ from lib.interventions import (
     ablation_sweep,
     class_sums,
     layer_class_sums,
+    layer_controls,
     mean_head_outputs,
     word_probabilities,
 )
@@ -293,20 +294,70 @@ def test_k_beyond_the_heads_is_named():
 def test_layer_class_sums_equal_hidden_states(model):
     ids, labels = stimulus()
     labels = np.where(labels == 4, -1, labels)
-    sums, counts = layer_class_sums(model, ids, labels, N_CLASSES, batch_size=2)
-    assert sums.shape == (4, 3, N_CLASSES, 32) and (sums[:, :, 4] == 0).all()
+    [sums], counts = layer_class_sums(model, ids, labels, N_CLASSES, batch_size=2)
+    assert sums.shape == (4, N_CLASSES, 32) and (sums[:, 4] == 0).all()
     with torch.no_grad():
         out = model._module(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
     for layer in range(3):  # hidden_states[3] is after the final norm; the output of the last block is not
         stream = out[layer][:, 1:].numpy()
-        for sequence in range(3):
-            for node in range(4):
-                naive = stream[sequence][labels[sequence] == node].sum(0)
-                np.testing.assert_allclose(sums[layer, sequence, node], naive, rtol=1e-4, atol=1e-5)
-    for sequence in range(3):
-        assert counts[sequence].tolist() == [(labels[sequence] == node).sum() for node in range(N_CLASSES)]
-    means = means_of(sums.sum(1), counts.sum(0))
+        for node in range(4):
+            np.testing.assert_allclose(sums[layer, node], stream[labels == node].sum(0), rtol=1e-4, atol=1e-5)
+    assert counts.tolist() == [(labels == node).sum() for node in range(N_CLASSES)]
+    means = means_of(sums, counts)
     assert np.isnan(means[:, 4]).all() and np.isfinite(means[:, :4]).all()
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_layer_class_sums_of_conditions_are_those_of_sweeps(model, filled):
+    ids, labels = stimulus()
+    fill = torch.ones(3, 4, shape(model).d_head) if filled else None
+    read, counts = layer_class_sums(
+        model, ids, labels, N_CLASSES, conditions=CONDITIONS, fill=fill, batch_size=2
+    )
+    assert read.shape == (len(CONDITIONS), 4, N_CLASSES, 32)
+    for layer in range(3):
+        sweep = ablation_sweep(
+            model, ids, CONDITIONS, word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=layer, fill=fill
+        )
+        found, wanted = means_of(read[:, layer], counts), sweep.class_means()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(read[0, 3], read[1, 3], rtol=1e-3), "after the last block the ablation shows"
+
+
+def test_tokens_count_in_a_class_of_every_grouping(llama):
+    ids, labels = stimulus()
+    other = labels[:, ::-1].copy()
+    [both], counts = layer_class_sums(llama, ids, np.stack([labels, N_CLASSES + other]), 2 * N_CLASSES)
+    for part, grouping in ((slice(0, N_CLASSES), labels), (slice(N_CLASSES, None), other)):
+        [alone], of = layer_class_sums(llama, ids, grouping, N_CLASSES)
+        np.testing.assert_allclose(both[:, part], alone, rtol=1e-5, atol=1e-6)
+        assert counts[part].tolist() == of.tolist()
+    with pytest.raises(ValueError, match="head 2.4; the model has layers 0 to 2"):
+        layer_class_sums(llama, ids, labels, N_CLASSES, conditions=[Condition("bad", [(2, 4)])])
+
+
+def test_controls_by_layer():
+    ranked = {"a": [(1, 0), (1, 1), (1, 2), (1, 3)], "b": [(2, 3), (2, 0), (0, 0), (0, 1)]}
+    found = layer_controls(ranked, [1, 2, 4], n_draws=3, n_layers=3, n_heads=4, seed=1)
+    for layer in range(3):
+        [whole] = [c for c in found if c.name == f"layer {layer}"]
+        assert whole.heads == {(layer, head) for head in range(4)}
+    assert not [c for c in found if c.name == "random above 0"], "two heads are left above layer 0"
+    usual = ablation_conditions(ranked, [1, 2, 4], n_draws=3, n_layers=3, n_heads=4, seed=1)
+    for name, heads in ranked.items():
+        for k in (1, 2, 4):
+            rest = [c for c in found if c.name == f"rest like {name}" and len(c.heads) == k]
+            like = [c for c in usual if c.name == f"random like {name}" and len(c.heads) == k]
+            assert not (rest and like) and len({c.draw for c in rest}) == len(rest) in (0, 3)
+            for control in rest:
+                assert not control.heads & {head for each in ranked.values() for head in each[:k]}
+                assert sorted(layer for layer, _ in control.heads) == sorted(layer for layer, _ in heads[:k])
+    assert [c for c in found if c.name == "rest like a" and len(c.heads) == 2]
+    assert not [c for c in found if c.name == "rest like a" and len(c.heads) == 4], "none is left in layer 1"
+    fewer = layer_controls(ranked, [1, 2], 3, n_layers=3, n_heads=4)
+    above = [c for c in fewer if c.name == "random above 0"]
+    assert len(above) == 3 and all(len(c.heads) == 2 and min(c.heads)[0] > 0 for c in above)
+    assert not any(c.heads & {(1, 0), (1, 1), (2, 3), (2, 0)} for c in above)
 
 
 def test_head_that_the_model_lacks_is_named(llama):

@@ -8,6 +8,7 @@ from lib.walks import (
     graph_from_edges,
     grid_graph,
     hexagonal_graph,
+    layouts,
     other_nodes,
     random_walks,
     ring_graph,
@@ -122,6 +123,16 @@ def test_walk_is_a_function_of_seed_and_number_alone():
     assert (random_walks(grid, n_walks=8, length=30, seed=2) != walks).any()
     assert not (longer[0] == longer[-1]).all(), "walks from different starts differ"
     assert len({tuple(walk[1:]) for walk in random_walks(ring_graph(3), 30, 60, seed=0)}) == 30
+
+
+def test_layouts_deal_every_word_once_and_begin_with_the_given_order():
+    dealt = layouts(16, 20, seed=3)
+    assert dealt[0].tolist() == list(range(16)) and (np.sort(dealt) == np.arange(16)).all()
+    assert len(np.unique(dealt, axis=0)) == 20
+    assert (layouts(16, 7, seed=3) == dealt[:7]).all() and (layouts(16, 7, seed=4) != dealt[:7]).any()
+    # Every word comes to every place: 16 of 2000 layouts expect 125 each.
+    at = np.stack([(layouts(16, 2001, seed=0)[1:] == word).sum(0) for word in (0, 7)])
+    assert 80 < at.min() and at.max() < 175
 
 
 @pytest.mark.parametrize("neighbours", [True, False])
