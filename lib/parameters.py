@@ -198,6 +198,7 @@ class InductionAblation(_GraphParameters):
     n_walks: Whole = Field(16, ge=4)
     k_values: Wholes = [1, 2, 4, 8]
     n_random_sets: Whole = Field(4, ge=1)
+    n_layouts: Whole = Field(20, ge=4)
     layer: Whole = Field(-1, ge=-1)
     window: Whole = Field(100, ge=1)
     ablation: Literal["zero", "mean"] = "zero"
