@@ -22,8 +22,10 @@ A file (.npz or .safetensors) holds one or several of these; `names` says what t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,18 +94,20 @@ def read_arrays(path: str | Path, names: Mapping[str, str] | None = None) -> dic
         ArtifactError: a file that can not be read, a name that it does not hold, an array of another number
             of axes, of another type, not finite, or at odds with another one.
     """
-    path = Path(path).expanduser()
-    found, names = _load(path), dict(names or {})
+    path, names = Path(path).expanduser(), dict(names or {})
+    held = _names_in(path)
     for name, theirs in names.items():
         if name not in AXES:
             raise ArtifactError(f"{name!r} is no array that is measured here; there are {', '.join(AXES)}")
-        if theirs not in found:
-            raise ArtifactError(f"{path} holds no array {theirs!r}; it holds {_held(found)}")
-    arrays = {name: found[names.get(name, name)] for name in AXES if names.get(name, name) in found}
-    if not arrays:
+        if theirs not in held:
+            raise ArtifactError(f"{path} holds no array {theirs!r}; it holds {_described(path, held)}")
+    wanted = {name: names.get(name, name) for name in AXES if names.get(name, name) in held}
+    if not wanted:
         raise ArtifactError(
-            f"{path} holds {_held(found)}; none is called {', '.join(AXES)}: say which is which by names="
+            f"{path} holds {_described(path, held)}; none is called {', '.join(AXES)}: say which is which by "
+            "names="
         )
+    arrays = {name: _array_in(path, theirs) for name, theirs in wanted.items()}
     checked = {
         name: _checked(f"{path}: {names.get(name, name)}", name, array) for name, array in arrays.items()
     }
@@ -127,7 +131,7 @@ def findings(arrays: Mapping[str, np.ndarray], graph: Graph | None = None, **opt
     claims: list[Claim] = []
     parts = (
         ({"class_means", "activations"}, graph_findings, ("n_resamples", "seed")),
-        (_ATTENTION - {"anti_induction"}, head_findings, ("period", "n_resamples")),
+        (_ATTENTION, head_findings, ("period", "n_resamples")),
         ({"vectors", "harmful"}, direction_findings, ("seed",)),
     )
     unknown = set(options) - {name for _, _, takes in parts for name in takes}
@@ -158,44 +162,18 @@ def graph_findings(
         raise ArtifactError(
             "word means need the graph of their words: pass graph, such as lib.walks.grid_graph"
         )
-    stream, nodes = arrays.get("activations"), arrays.get("nodes")
-    if stream is not None:
-        for name in _WORDS & set(arrays):
-            if (highest := arrays[name].max()) >= graph.n_nodes:
-                raise ArtifactError(
-                    f"{name}: {highest} is no node of {graph.name}, which has {graph.n_nodes}"
-                )
-        n_walks = len(stream)
-        by_walk = [
-            geometry.ClassSums(graph.n_nodes).add(*walk)
-            for walk in zip(stream[:, None], nodes[:, None], strict=True)
-        ]
-        sums, counts = np.stack([w.sums for w in by_walk]), np.stack([w.counts for w in by_walk])
-        means = geometry.class_means(stream, nodes, graph.n_nodes)
-        n = f"{n_walks} walks"
-    else:
-        means, n = arrays["class_means"], ""
-        if len(means) != graph.n_nodes:
-            raise ArtifactError(
-                f"class_means: {len(means)} words, but {graph.name} has {graph.n_nodes} nodes"
-            )
+    stream = arrays.get("activations")
+    means = _word_means(arrays, graph)
     try:
         plane = geometry.pca(means).projection
     except ValueError as error:
         raise ArtifactError(f"class_means: {error}") from None
     null = geometry.shuffled_label_null(geometry.dirichlet_energy, plane, graph, 1000, seed)
     threshold = float(np.quantile(null, 0.05))
-
-    def energy(members: np.ndarray) -> float:
-        count = counts[members].sum(0)
-        resampled = sums[members].sum(0) / np.where(count > 0, count, np.nan)[:, None]
-        seen = np.isfinite(resampled).all(1).sum()
-        return geometry.plane_energy(resampled, graph) if seen > 2 else np.nan
-
-    value, interval = geometry.plane_energy(means, graph), None
-    if n:
-        value, *ends = map(float, statistics.bootstrap(energy, n_walks, n_resamples=n_resamples))
-        interval = tuple(ends)
+    value, interval, n = geometry.plane_energy(means, graph), None, ""
+    if stream is not None:
+        value, *interval = _energy_over_walks(stream, arrays["nodes"], graph, n_resamples)
+        n = f"{len(stream)} walks"
     metrics = {
         "energy": Metric(value=value, interval=interval, n=n or None),
         "energy, 5% of shuffled words": Metric(value=threshold),
@@ -217,6 +195,39 @@ def graph_findings(
     return Findings(metrics, claims)
 
 
+def _word_means(arrays: Mapping[str, np.ndarray], graph: Graph) -> np.ndarray:
+    """Mean activation of each word [node, d], of the activations where there are any."""
+    if "activations" in arrays:
+        for name in sorted(_WORDS & set(arrays)):
+            if (highest := arrays[name].max()) >= graph.n_nodes:
+                raise ArtifactError(
+                    f"{name}: {highest} is no node of {graph.name}, which has {graph.n_nodes}"
+                )
+        return geometry.class_means(arrays["activations"], arrays["nodes"], graph.n_nodes)
+    means = arrays["class_means"]
+    if len(means) != graph.n_nodes:
+        raise ArtifactError(f"class_means: {len(means)} words, but {graph.name} has {graph.n_nodes} nodes")
+    return means
+
+
+def _energy_over_walks(
+    stream: np.ndarray, nodes: np.ndarray, graph: Graph, n_resamples: int
+) -> tuple[float, float, float]:
+    """Energy of the word means in their plane, and its 95% interval over walks."""
+    by_walk = [
+        geometry.ClassSums(graph.n_nodes).add(*walk)
+        for walk in zip(stream[:, None], nodes[:, None], strict=True)
+    ]
+    sums, counts = np.stack([w.sums for w in by_walk]), np.stack([w.counts for w in by_walk])
+
+    def energy(members: np.ndarray) -> float:
+        resampled = geometry.means_of(sums[members].sum(0), counts[members].sum(0))
+        seen = np.isfinite(resampled).all(1).sum()
+        return geometry.plane_energy(resampled, graph) if seen > 2 else np.nan
+
+    return tuple(map(float, statistics.bootstrap(energy, len(stream), n_resamples=n_resamples)))
+
+
 def head_findings(arrays: Mapping[str, np.ndarray], *, period: int = 32, n_resamples: int = 400) -> Findings:
     """Head types, as study 1 measures and claims them; with spectra the intervals are over sequences.
 
@@ -234,59 +245,69 @@ def head_findings(arrays: Mapping[str, np.ndarray], *, period: int = 32, n_resam
         )
     n = "" if spectra is None else f"{len(spectra)} sequences"
 
-    def top_at(offset: int):
-        return lambda of: of[..., offset].max()
-
-    low, high = max(1, _DISPLACED[0] - 32 + period), _DISPLACED[1] - 32 + period
-
-    def displaced(of: np.ndarray) -> int:
-        beyond = of[..., 1:]
-        offsets = beyond.argmax(-1)[beyond.max(-1) >= 0.3] + 1
-        return int(((offsets >= low) & (offsets <= high) & (offsets != period - 1)).sum())
-
-    def estimate(statistic) -> tuple[float, tuple[float, float] | None]:
+    def estimate(statistic: Callable[[np.ndarray], float]) -> tuple[float, tuple[float, float] | None]:
         if spectra is None:
             return float(statistic(spectrum)), None
-        value, low, high = statistics.bootstrap(
+        value, *interval = statistics.bootstrap(
             lambda rows: statistic(spectra[rows].mean(0)), len(spectra), n_resamples=n_resamples
         )
-        return float(value), (float(low), float(high))
+        return float(value), tuple(map(float, interval))
 
     metrics, claims = {}, []
-    known = registry.published
-    llama = {
-        kind: max(known(f"arditi-26/top_{kind}_heads").values()) for kind in ("previous_token", "induction")
-    }
-    tests = {
-        "previous_token": ("previous-token-head", "The top previous-token score is at least .5", 1,
-                           dict(source="Olsson-22", above=0.5, published=llama["previous_token"])),
-        "induction": ("induction-head", "The top induction score is at least .5", period - 1,
-                      dict(source="Olsson-22", above=0.5, published=llama["induction"])),
-        "anti_induction": ("anti-induction",
-                           "No head attends to the token before the first copy (score below .1)", period + 1,
-                           dict(source="Bi-Induct-26", below=0.1, published="near 0")),
-    }  # fmt: skip
-    for kind, (id, statement, offset, rule) in tests.items():
+    for kind, (id, statement, offset, rule) in _head_rules(period).items():
         if spectrum is None and kind not in arrays:
             known_rule = {key: rule[key] for key in ("source", "published")}
             claims.append(Claim.not_tested(id, statement, reason=f"no {kind} scores", **known_rule))
             continue
-        scores = arrays[kind] if spectrum is None else spectrum[..., offset]
-        value, interval = (float(scores.max()), None) if spectrum is None else estimate(top_at(offset))
+        if spectrum is None:
+            scores, value, interval = arrays[kind], float(arrays[kind].max()), None
+        else:
+            scores = spectrum[..., offset]
+            value, interval = estimate(lambda of, offset=offset: of[..., offset].max())
         layer, head = attention.top_heads(scores, 1)[0]
         metrics[f"top {kind.replace('_', '-')} score, head {layer}.{head}"] = Metric(
             value=value, interval=interval, n=n or None
         )
         claims.append(Claim.test(id, statement, measured=value, interval=interval, n=n, **rule))
+    # A sequence of two periods has no offset beyond its own length.
+    low, high = (min(max(1, offset - 32 + period), 2 * period - 1) for offset in _DISPLACED)
     statement = f"No head peaks at a displaced induction offset ({low} to {high}, not {period - 1})"
+    reason = ""
     if spectrum is None:
         reason = "scores on single diagonals do not show it: the spectrum of offsets would"
+    elif spectrum.shape[-1] <= high:
+        reason = f"a spectrum of {spectrum.shape[-1]} offsets does not show it: it takes {high + 1}"
+    if reason:
         claims.append(Claim.not_tested("not-displaced", statement, source="here", reason=reason))
     else:
-        value, interval = estimate(displaced)
+        value, interval = estimate(partial(_n_displaced, low=low, high=high, right=period - 1))
         claims.append(Claim.test("not-displaced", statement, source="here", measured=value, interval=interval,
                                  below=0.5, unit="heads", n=n))  # fmt: skip
     return Findings(metrics, claims)
+
+
+def _head_rules(period: int) -> dict[str, tuple[str, str, int, dict[str, Any]]]:
+    """By kind of head: id and statement of the claim, offset of its score, and the claim's rule."""
+
+    def published(kind: str) -> float:
+        return max(registry.published(f"arditi-26/top_{kind}_heads").values())
+
+    return {
+        "previous_token": ("previous-token-head", "The top previous-token score is at least .5", 1,
+                           dict(source="Olsson-22", above=0.5, published=published("previous_token"))),
+        "induction": ("induction-head", "The top induction score is at least .5", period - 1,
+                      dict(source="Olsson-22", above=0.5, published=published("induction"))),
+        "anti_induction": ("anti-induction",
+                           "No head attends to the token before the first copy (score below .1)", period + 1,
+                           dict(source="Bi-Induct-26", below=0.1, published="near 0")),
+    }  # fmt: skip
+
+
+def _n_displaced(spectrum: np.ndarray, low: int, high: int, right: int) -> int:
+    """Heads that attend most to one offset, by .3 at least, from low to high back but not `right`."""
+    beyond = spectrum[..., 1:]
+    offsets = beyond.argmax(-1)[beyond.max(-1) >= 0.3] + 1
+    return int(((offsets >= low) & (offsets <= high) & (offsets != right)).sum())
 
 
 def direction_findings(arrays: Mapping[str, np.ndarray], *, seed: int = 0) -> Findings:
@@ -375,27 +396,45 @@ def draw(arrays: Mapping[str, np.ndarray], graph: Graph | None = None, *, period
 # -- checks ----------------------------------------------------------------------------------------
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+@contextmanager
+def _reading(path: Path, name: str = "") -> Iterator[None]:
+    """Within the block errors of a damaged file, or of one of its arrays, are told as such."""
+    try:
+        yield
+    except Exception as error:  # whatever a damaged file makes zipfile, numpy and safetensors raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if first.startswith("Object arrays"):
+            raise ArtifactError(f"{path}: {name} holds objects of Python; save it as numbers") from None
+        raise ArtifactError(f"{path} can not be read as arrays ({first}); fetch it again") from None
+
+
+def _names_in(path: Path) -> list[str]:
     if not path.is_file():
         raise ArtifactError(f"{path}: there is no such file")
     if path.suffix not in (".npz", ".safetensors"):
         raise ArtifactError(
             f"{path}: files of arrays are .npz or .safetensors, not {path.suffix or 'without suffix'}"
         )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # numpy's reader has no bfloat16
+    with _reading(path):
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return sorted(file.files)
+        from safetensors import safe_open
 
-            tensors = load_file(path)
-            return {
-                name: (tensor.double() if tensor.is_floating_point() else tensor).numpy()
-                for name, tensor in tensors.items()
-            }
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except Exception as error:  # whatever a damaged file makes zipfile, numpy and safetensors raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{path} can not be read as arrays ({first}); fetch it again") from None
+        with safe_open(path, framework="pt") as file:
+            return sorted(file.keys())
+
+
+def _array_in(path: Path, name: str) -> np.ndarray:
+    with _reading(path, name):
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return file[name]
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:  # numpy's reader has no bfloat16
+            tensor = file.get_tensor(name)
+        return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _checked(where: str, name: str, array: np.ndarray) -> np.ndarray:
@@ -446,8 +485,15 @@ def _check_together(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
                     )
 
 
-def _held(found: Mapping[str, np.ndarray]) -> str:
-    return ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(found.items())) or "nothing"
+def _described(path: Path, names: Iterable[str]) -> str:
+    """Such as "means [16, 5], config (no numbers)"."""
+    words = []
+    for name in names:
+        try:
+            words.append(f"{name} {list(_array_in(path, name).shape)}")
+        except ArtifactError:
+            words.append(f"{name} (no numbers)")
+    return ", ".join(words) or "nothing"
 
 
 def _bigram(arrays: Mapping[str, np.ndarray], graph: Graph, seed: int) -> Claim:
