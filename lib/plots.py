@@ -356,7 +356,7 @@ def draw_head_scores(ax: Axes, scores: np.ndarray, *, top: int = 3, high: float 
     step = max(1, n_layers // 8), max(1, n_heads // 8)
     ax.set(xlabel="head", xticks=range(0, n_heads, step[1]))
     ax.set(ylabel="layer", yticks=range(0, n_layers, step[0]))
-    label_cells(image, least=np.sort(scores, axis=None)[-top] if top else np.inf)
+    label_cells(image, least=np.sort(scores, axis=None)[-min(top, scores.size)] if top else np.inf)
     return image
 
 

@@ -119,7 +119,7 @@ def test_spectra_give_what_the_model_that_made_them_gives(tmp_path):
     assert claim.interval == pytest.approx((float(low), float(high))) and claim.n == "6 sequences"
     layer, head = attention.top_heads(scores.previous_token, 1)[0]
     assert f"top previous-token score, head {layer}.{head}" in found.metrics
-    assert "(1 to 16, not 7)" in by_id(found)["not-displaced"].statement
+    assert "(1 to 15, not 7)" in by_id(found)["not-displaced"].statement
 
 
 def test_scores_alone_test_what_they_can():
@@ -130,6 +130,18 @@ def test_scores_alone_test_what_they_can():
     for id in ("previous-token-head", "anti-induction", "not-displaced"):
         assert found[id].verdict == "not tested" and found[id].reason
     assert found["previous-token-head"].published == 0.702
+    found = by_id(findings({"anti_induction": scores}))
+    assert found["anti-induction"].verdict == "fails" and found["induction-head"].verdict == "not tested"
+
+
+def test_spectrum_that_ends_too_early_shows_no_displaced_head():
+    spectrum = np.zeros((3, 4, 41))
+    spectrum[1, 2, 40] = 0.9
+    assert by_id(findings({"spectrum": spectrum}))["not-displaced"].verdict == "fails"
+    for n_offsets in (34, 40):
+        claim = by_id(findings({"spectrum": spectrum[..., :n_offsets]}))["not-displaced"]
+        assert claim.verdict == "not tested"
+        assert claim.reason == f"a spectrum of {n_offsets} offsets does not show it: it takes 41"
 
 
 def test_directions_give_what_study_3_computes(tmp_path):
@@ -243,8 +255,13 @@ def test_files_that_are_none_are_named(tmp_path):
     with pytest.raises(ArtifactError, match=r"a\.pt: files of arrays are \.npz or \.safetensors, not \.pt"):
         read_arrays(tmp_path / "a.pt")
     np.savez(tmp_path / "pickled.npz", class_means=np.array([{"code": "runs"}], dtype=object))
-    with pytest.raises(ArtifactError, match=r"pickled\.npz can not be read as arrays \(Object arrays cannot"):
+    with pytest.raises(ArtifactError, match=r"pickled\.npz: class_means holds objects of Python; save it"):
         read_arrays(tmp_path / "pickled.npz")
+    config = np.array([{"code": "runs"}], dtype=object)
+    np.savez(tmp_path / "mixed.npz", class_means=MEANS, config=config)
+    assert list(read_arrays(tmp_path / "mixed.npz")) == ["class_means"], "an array that nobody asked for"
+    with pytest.raises(ArtifactError, match=r"holds no array 'y'; it holds .*, config \(no numbers\)"):
+        read_arrays(tmp_path / "mixed.npz", {"class_means": "y"})
     for name in ("b.npz", "b.safetensors"):
         save = {"b.npz": lambda path: np.savez(path, class_means=MEANS)}.get(
             name, lambda path: save_numpy({"class_means": MEANS}, path)

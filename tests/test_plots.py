@@ -276,6 +276,9 @@ def test_head_scores_are_a_map_with_the_highest_heads_in_numbers(ax):
     numbers = {text.get_position(): (text.get_text(), text.get_color()) for text in ax.texts}
     assert numbers == {(2, 1): ("1", "black"), (1, 0): (".95", "black"), (0, 1): (".40", "white")}
     assert plots.draw_head_scores(ax, scores, high=2.0).get_clim() == (0, 2)
+    ax.clear()
+    plots.draw_head_scores(ax, scores[:1, :2], top=3)
+    assert [text.get_text() for text in ax.texts] == [".10", ".95"], "fewer heads than are asked for"
 
 
 def test_head_scores_of_a_large_model_have_few_ticks(ax):
