@@ -9,7 +9,8 @@ thought. z_0 .. z_{n-1} are projected and fed back as the n thoughts; z_n is dec
     final state             z_0    z_1               z_n
 
 Behind <eot> the model writes the answer prompt by itself, or something else first: with too few thoughts it
-may write out its steps. To ask what the thoughts alone are good for, the prompt is fed (`Variant.prompted`).
+may write out its steps. To ask what the thoughts alone are good for, the prompt is fed (`Variant.prompted`):
+so it is in `early_stops` and wherever thoughts are replaced.
 
 The model runs as it is used, with a key-value cache. All problems and variants (fewer thoughts, thoughts
 replaced) ride in the batch; variants of a problem share its question. Questions of equal length share a
@@ -37,6 +38,7 @@ from lib.progress import counting
 from lib.record import Cache
 
 MAX_ANSWER = 24  # tokens of an answer, prompt included
+MAX_NUMBER = 8  # tokens of a number behind a prompt that was fed
 
 
 class ThoughtIndex(NamedTuple):
@@ -111,7 +113,8 @@ class Variant:
         replaced: which z_k are replaced before they are projected and fed.
         values: what stands in their place [problem, k, d_model], k as in `Thoughts.z`; [1, k, d_model] for
             all problems alike.
-        prompted: whether the answer prompt is fed behind <eot>, so that the number is all there is to write.
+        prompted: whether the answer prompt is fed behind <eot>: the answer is then the first number written,
+            else the last one.
     """
 
     name: str
@@ -128,7 +131,7 @@ class Answers:
     Attributes:
         variants: ways to think, in the order asked.
         texts: answers without the end token, and without the prompt if that was fed [variant][problem].
-        values: last number of each, NaN without one, float64 [variant, problem].
+        values: number of each, see `Variant.prompted`, NaN without one, float64 [variant, problem].
     """
 
     variants: tuple[Variant, ...]
@@ -357,14 +360,15 @@ def plan_role(
 
 def _replacing(what: str, chosen: Sequence[int], thoughts: Thoughts, values: np.ndarray) -> Variant:
     names = ", ".join(f"z_{k}" for k in chosen)
-    return Variant(f"{what} {names}", thoughts.z.shape[1] - 1, tuple(chosen), values)
+    return Variant(f"{what} {names}", thoughts.z.shape[1] - 1, tuple(chosen), values, prompted=True)
 
 
 def _answers(codi: CodiModel, variants: Sequence[Variant], tokens: np.ndarray) -> Answers:
     """Texts and values of answers, tokens [variant, problem, token] filled up with -1."""
     decode = codi.model.tokenizer.decode
     texts = [[decode([t for t in row if t >= 0]) for row in rows.tolist()] for rows in tokens]
-    values = [[extract_answer(text) for text in row] for row in texts]
+    ways = zip(texts, variants, strict=True)
+    values = [[extract_answer(text, first=variant.prompted) for text in row] for row, variant in ways]
     return Answers(tuple(variants), texts, np.array(values, dtype=float))
 
 
@@ -388,7 +392,10 @@ def _run(
     check_questions(codi, ids, numbers)
     for variant in variants:
         _check_variant(codi, variant, len(questions))
-    rows = [(i, problem) for problem in range(len(ids)) for i in range(len(variants))]
+    # Variants that end alike follow one another: a batch that ends at once is the fastest.
+    ends = [(n, variant.prompted) for n, variant in zip(numbers, variants, strict=True)]
+    alike = [[i for i, end in enumerate(ends) if end == each] for each in sorted(set(ends))]
+    rows = [(i, problem) for group in alike for problem in range(len(ids)) for i in group]
     lengths = [len(ids[problem]) for _, problem in rows]
     deepest = max(numbers)
     size = batch_size or auto_rows(codi.model, max(lengths) + deepest + 2 + max_answer)
@@ -410,11 +417,13 @@ def _run(
         }
 
     found = over_batches(codi, "think", rows, lengths, size, run, key, cache)
-    n = len(variants), len(ids)
-    return (
-        np.array(found["tokens"]).reshape(n[1], n[0], -1).swapaxes(0, 1),
-        np.array(found["z"]).reshape(n[1], n[0], *found["z"][0].shape).swapaxes(0, 1),
-    )
+    tables = []
+    for name in ("tokens", "z"):
+        values = np.array(found[name])
+        table = np.empty((len(variants), len(ids), *values.shape[1:]), values.dtype)
+        table[tuple(np.array(rows).T)] = values
+        tables.append(table)
+    return tables[0], tables[1]
 
 
 def _think_batch(
@@ -453,7 +462,8 @@ def _think_batch(
                 done, left = (torch.from_numpy(np.flatnonzero(w)).to(device) for w in (stop, ~stop))
                 ending = cache if stop.all() else _part(module, cache, done)
                 behind = [codi.eot, *prompt] if fed else [codi.eot]
-                tokens[rows[stop]] = _write(codi, ending, behind, len(done), max_answer)
+                longest = min(max_answer, MAX_NUMBER) if fed else max_answer
+                tokens[rows[stop], :longest] = _write(codi, ending, behind, len(done), longest)
                 rows = rows[~stop]
                 if not len(rows):
                     break

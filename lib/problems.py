@@ -158,13 +158,13 @@ def question_numbers(text: str) -> tuple[Number, ...]:
     return tuple(found)
 
 
-def extract_answer(text: str) -> float | None:
-    """The last number of an answer, as in CODI's evaluation; None without one.
+def extract_answer(text: str, *, first: bool = False) -> float | None:
+    """The last number of an answer, as in CODI's evaluation, or its first one; None without one.
 
     "The answer is: $1,200.50." is 1200.5. Numbers in words do not count.
     """
     found = _SIGNED.findall(text)
-    return _float(found[-1]) if found else None
+    return _float(found[0 if first else -1]) if found else None
 
 
 def read_problems(path: str | Path) -> list[Problem]:

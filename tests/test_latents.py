@@ -78,7 +78,20 @@ def test_a_fed_prompt_leaves_no_room_for_steps():
     prompted = answer(codi, questions, early_stops(codi)[:1])
     assert free.equal(wanted).mean() > 0.5 and free.with_steps().mean() > 0.5
     assert not (free.equal(wanted) & ~free.with_steps()).any()
-    assert prompted.equal(wanted).mean() < 0.1 and not prompted.with_steps().any()
+    assert prompted.equal(wanted).mean() < 0.1
+    assert [variant.prompted for variant in prompted.variants] == [True]
+
+
+def test_the_answer_is_the_first_number_behind_a_fed_prompt(codi, questions):
+    """A random model writes several; what it goes on to write is no answer to the prompt."""
+    free, prompted = early_stops(codi, prompted=False)[-1:], early_stops(codi)[-1:]
+    found = answer(codi, questions, [*free, *prompted])
+    several = found.with_steps()
+    assert several.any(1).all()
+    for texts, values, place in zip(found.texts, found.values, (-1, 0), strict=True):
+        for text, value in zip(texts, values, strict=True):
+            numbers = [float(word) for word in text.split() if word.isdecimal()]
+            assert value == numbers[place] if numbers else np.isnan(value)
 
 
 def test_an_answer_ends_at_its_end_token_or_the_last_position(codi, questions, thoughts):
@@ -113,9 +126,10 @@ def test_twin_patches_equal_a_plain_loop(codi, problems, questions):
     sets = [(0,), (3,), (0, 2, 4), tuple(range(N))]
     patched = answer(codi, asked, twin_patches(pair, both, sets), max_answer=8)
     for chosen, texts in zip(sets, patched.texts, strict=True):
-        assert texts == plain_texts(codi, asked, replaced={k: both.z[::-1, k] for k in chosen})
+        swapped = {k: both.z[::-1, k] for k in chosen}
+        assert texts == plain_texts(codi, asked, replaced=swapped, prompt=codi.answer_prompt)
     assert patched.variants[2].name == "twin's z_0, z_2, z_4"
-    assert patched.texts[3] != both.answers.texts[0]  # it does something
+    assert patched.texts[3] != answer(codi, asked, early_stops(codi)[-1:], max_answer=8).texts[0]
     own = answer(codi, asked, [Variant("own", None, tuple(range(N)), both.z)], max_answer=8)
     assert own.texts[0] == both.answers.texts[0]  # and one's own thoughts do not
     with pytest.raises(ValueError, match="problem 'a' has no twin"):
@@ -128,7 +142,7 @@ def test_mean_ablations_equal_a_plain_loop(codi, questions, thoughts):
     means = np.stack([z for z in thoughts.z]).mean(0)
     for chosen, texts in zip(sets, ablated.texts, strict=True):
         replaced = {k: np.repeat(means[None, k], len(questions), 0) for k in chosen}
-        assert texts == plain_texts(codi, questions, replaced=replaced)
+        assert texts == plain_texts(codi, questions, replaced=replaced, prompt=codi.answer_prompt)
 
 
 def test_answers_are_compared_as_numbers(thoughts):
@@ -297,8 +311,11 @@ def test_strangers_of_the_same_plan_and_of_another(codi, problems):
         for i, possible in of.items():
             for chosen, value in zip(sets, getattr(found, kind)[:, i], strict=True):
                 patches = ({k: said.z[[j], k] for k in chosen} for j in possible)
-                texts = [plain_texts(codi, [asked[i].question], replaced=z, n_tokens=24)[0] for z in patches]
-                assert value in [extract_answer(text) == said.values[i] for text in texts]
+                written = [
+                    plain_texts(codi, [asked[i].question], replaced=z, prompt=codi.answer_prompt)[0]
+                    for z in patches
+                ]
+                assert value in [extract_answer(text, first=True) == said.values[i] for text in written]
 
 
 def test_alternation_is_of_every_thought_with_its_neighbours():
