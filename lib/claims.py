@@ -73,26 +73,53 @@ class Claim:
         measured = float(measured)
         lower, upper = (float(end) for end in interval) if interval is not None else (measured, measured)
         if not all(math.isfinite(x) for x in (measured, lower, upper, low or 0.0, high or 0.0)):
-            raise ValueError(f"claim {id}: measured {measured} [{lower}, {upper}] must be finite; "
-                             "say why it could not be measured with Claim.not_tested")
+            raise ValueError(
+                f"claim {id}: measured {measured} [{lower}, {upper}] must be finite; "
+                "say why it could not be measured with Claim.not_tested"
+            )
         if lower > upper:
             raise ValueError(f"claim {id}: interval [{lower}, {upper}] is upside down")
         if low is not None and high is not None and low >= high:
             raise ValueError(f"claim {id}: nothing lies between {low} and {high}")
-        return cls(id, statement, source, (low, high), measured,
-                   None if interval is None else (lower, upper), _published(published),
-                   _verdict(lower, upper, low, high), n, unit)
+        return cls(
+            id,
+            statement,
+            source,
+            (low, high),
+            measured,
+            None if interval is None else (lower, upper),
+            _published(published),
+            _verdict(lower, upper, low, high),
+            n,
+            unit,
+        )
 
     @classmethod
     def not_tested(
-        cls, id: str, statement: str, *, source: str, reason: str, published: float | str | None = None,
+        cls,
+        id: str,
+        statement: str,
+        *,
+        source: str,
+        reason: str,
+        published: float | str | None = None,
         unit: str = "",
     ) -> Claim:
         """A claim that this run could not decide, and why."""
         if not reason:
             raise ValueError(f"claim {id}: say why it was not tested")
-        return cls(id, statement, source, (None, None), None, None, _published(published), "not tested",
-                   unit=unit, reason=reason)
+        return cls(
+            id,
+            statement,
+            source,
+            (None, None),
+            None,
+            None,
+            _published(published),
+            "not tested",
+            unit=unit,
+            reason=reason,
+        )
 
 
 class ClaimsTable:
@@ -109,14 +136,14 @@ class ClaimsTable:
 
 
 def claims_table(
-    items: Iterable[Any], fmt: Literal["text", "html", "markdown"] = "text", width: int | None = None
+    items: Iterable[Any], fmt: Literal["text", "html"] = "text", width: int | None = None
 ) -> str:
     """One table of claims: claim, measured with its interval, rule, published, verdict.
 
     Args:
         items: claims, or records (anything with `.study` and `.claims`); with records, the table has
             a column for the study.
-        fmt: "text", "html" or "markdown". Everything in it is escaped.
+        fmt: "text" or "html", in which everything is escaped.
         width: of the text table, in characters; None for the terminal's.
 
     Returns:
@@ -124,11 +151,11 @@ def claims_table(
     """
     rows = list(_rows(items))
     if not rows:
-        return "No claims.\n" if fmt == "text" else "<p>No claims.</p>" if fmt == "html" else "No claims.\n"
+        return "No claims.\n" if fmt == "text" else "<p>No claims.</p>"
     header = ["study", "claim", "measured", "rule", "published", "verdict"]
     if not any(row[0] for row in rows):
         header, rows = header[1:], [row[1:] for row in rows]
-    return {"text": _text, "html": _html, "markdown": _markdown}[fmt](header, rows, width)
+    return _text(header, rows, width) if fmt == "text" else _html(header, rows)
 
 
 def number(value: float | str | None) -> str:
@@ -167,8 +194,14 @@ def _rows(items: Iterable[Any]) -> Iterator[list[str]]:
     for item in items:
         study, claims = (item.study, item.claims) if hasattr(item, "claims") else ("", [item])
         for claim in claims:
-            yield [study, f"{claim.statement} ({claim.source})", _measured(claim), rule_text(claim),
-                   number(claim.published), claim.verdict]
+            yield [
+                study,
+                f"{claim.statement} ({claim.source})",
+                _measured(claim),
+                rule_text(claim),
+                number(claim.published),
+                claim.verdict,
+            ]
 
 
 def _measured(claim: Claim) -> str:
@@ -191,15 +224,17 @@ def _text(header: list[str], rows: list[list[str]], width: int | None) -> str:
     for row in [header, *rows]:
         cells = [textwrap.wrap(cell, narrow[name]) or [""] for name, cell in zip(header, row, strict=True)]
         for i in range(max(map(len, cells))):
-            parts = ((cell[i] if i < len(cell) else "").ljust(narrow[name])
-                     for name, cell in zip(header, cells, strict=True))
+            parts = (
+                (cell[i] if i < len(cell) else "").ljust(narrow[name])
+                for name, cell in zip(header, cells, strict=True)
+            )
             lines.append("  ".join(parts).rstrip())
         if row is header:
             lines.append("  ".join("-" * narrow[name] for name in header))
     return "\n".join(lines) + "\n"
 
 
-def _html(header: list[str], rows: list[list[str]], _: int | None) -> str:
+def _html(header: list[str], rows: list[list[str]]) -> str:
     def line(tag: str, cells: list[str]) -> str:
         # JupyterLab sets the cells of outputs flush right, as for numbers; only a cell's own style wins.
         opening = f'<{tag} style="text-align: left">'
@@ -207,12 +242,3 @@ def _html(header: list[str], rows: list[list[str]], _: int | None) -> str:
 
     body = "\n".join(line("td", row) for row in rows)
     return f"<table>\n<thead>{line('th', header)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def _markdown(header: list[str], rows: list[list[str]], _: int | None) -> str:
-    def line(cells: list[str]) -> str:
-        escaped = (html.escape(cell, quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-                   for cell in cells)
-        return "| " + " | ".join(escaped) + " |"
-
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)]) + "\n"

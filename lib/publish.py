@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import subprocess
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -37,7 +38,10 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("url", nargs="?", help="https://github.com/OWNER/NAME")
     parser.add_argument("commit", nargs="?", default="HEAD", help="what notebooks fetch; pushed (HEAD)")
     options = parser.parse_args(argv)
+    if untagged := [path.name for path in notebooks(root) if "parameters" not in chain(*_tags(path))]:
+        parser.error(f"{', '.join(untagged)}: no cell is tagged parameters: the fetching one goes after it")
     if options.url:
+        options.url = options.url.rstrip("/").removesuffix(".git")  # as git remote has it
         if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", options.url):
             parser.error(f"{options.url}: Colab and Binder need an address as https://github.com/OWNER/NAME")
         git = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", f"{options.commit}^{{commit}}"]
@@ -86,6 +90,12 @@ def with_badges(readme: str, url: str, commit: str, studies: list[str]) -> str:
     return "\n\n".join([title, "\n".join(badges), rest])
 
 
+def _tags(path: Path) -> list[list[str]]:
+    """Tags of each cell of a notebook."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell["metadata"].get("tags", []) for cell in cells]
+
+
 def _write_citation(path: Path, url: str, commit: str) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if not line.startswith(("repository-code:", "commit:"))]
@@ -95,7 +105,7 @@ def _write_citation(path: Path, url: str, commit: str) -> None:
 def _write_cell(path: Path, source: str) -> None:
     """Put the cell after the parameters, or its source into the one that is there."""
     document = json.loads(path.read_text(encoding="utf-8"))
-    tags = [cell["metadata"].get("tags", []) for cell in document["cells"]]
+    tags = [*_tags(path), []]
     place = next(i for i, of_cell in enumerate(tags) if "parameters" in of_cell) + 1
     if TAG not in tags[place]:
         cell = {"cell_type": "code", "execution_count": None, "outputs": [], "source": []}

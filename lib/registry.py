@@ -266,6 +266,8 @@ def how_to_get(
     elif any(isinstance(cause, HfHubHTTPError) for cause in causes):
         status = next(cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError))
         reason = f"the hub answered with status {status}"
+    elif causes and not constants.HF_HUB_OFFLINE and not any(map(_is_of_network, causes)):
+        reason = f"it can not be had ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
     else:
         offline = constants.HF_HUB_OFFLINE
         reason = "HF_HUB_OFFLINE is set" if offline else "the hub can not be reached from here"
@@ -294,6 +296,12 @@ def _download(model_id: str, revision: str | None, weights: str) -> str:
         [f"hf download {model_id}", *([f"--revision {revision}"] if revision else [])]
         + [f'--include "{pattern}"' for pattern in patterns]
     )
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """Whether an error can come of a network that is not there; the hub's client has several libraries'."""
+    library = type(error).__module__.split(".")[0]
+    return isinstance(error, OSError) or library in ("httpx", "httpcore", "urllib3")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -84,17 +84,17 @@ def test_text_table_keeps_to_its_width():
     assert " ".join(lines).count("word") == 40
 
 
-@pytest.mark.parametrize("fmt", ["html", "markdown"])
-def test_table_escapes_what_it_shows(fmt):
+def test_table_escapes_what_it_shows():
     nasty = Claim.test("a", "<script>alert(1)</script> a|b", source="here", measured=1.0, above=0.0)
-    table = claims_table([nasty], fmt)
+    table = claims_table([nasty], "html")
     assert "<script>" not in table and "&lt;script&gt;" in table
-    assert fmt == "html" or "a\\|b" in table
 
 
 def test_table_of_records_names_the_study():
-    records = [SimpleNamespace(study="01_a", claims=[claim(measured=1, above=0)]),
-               SimpleNamespace(study="02_b", claims=[])]
+    records = [
+        SimpleNamespace(study="01_a", claims=[claim(measured=1, above=0)]),
+        SimpleNamespace(study="02_b", claims=[]),
+    ]
     header, _, row = claims_table(records, width=140).splitlines()
     assert header.startswith("study") and row.startswith("01_a")
 
@@ -104,5 +104,5 @@ def test_no_claims_are_said_so():
 
 
 def test_numbers_do_not_show_rounding_noise():
-    shown = [claims_table([claim(measured=x, below=1)], "markdown") for x in (-0.0, 0.0, 0.3, 0.1 + 0.2)]
+    shown = [claims_table([claim(measured=x, below=1)], "html") for x in (-0.0, 0.0, 0.3, 0.1 + 0.2)]
     assert shown[0] == shown[1] and shown[2] == shown[3]

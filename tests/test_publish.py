@@ -141,6 +141,13 @@ def test_publishing_writes_every_place(repository, tmp_path):
     assert publish.with_badges(readme, "", "", []) == publish.with_badges(before, "", "", [])
 
 
+@pytest.mark.parametrize("written", [f"{URL}.git", f"{URL}/", f"{URL}.git/"])
+def test_address_of_a_remote_is_that_of_its_page(repository, tmp_path, written):
+    git(tmp_path, "clone", "-q", str(repository[0]), "clone")
+    publish.main([written], tmp_path / "clone")
+    assert publish.published(tmp_path / "clone")[0] == URL
+
+
 @pytest.mark.parametrize("minor", [4, 5])
 def test_new_notebook_gets_the_cell(tmp_path, minor):
     for name in ("CITATION.cff", "README.md"):
@@ -158,6 +165,16 @@ def test_new_notebook_gets_the_cell(tmp_path, minor):
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert [cell.metadata.get("tags") for cell in notebook.cells] == [["parameters"], ["install"], None]
+
+
+def test_notebook_without_parameters_is_named_before_anything_is_written(repository, tmp_path, capsys):
+    git(tmp_path, "clone", "-q", str(repository[0]), "clone")
+    root = tmp_path / "clone"
+    nbformat.write(nbformat.v4.new_notebook(), root / "notebooks" / "05_new.ipynb")
+    with pytest.raises(SystemExit):
+        publish.main([URL], root)
+    assert "05_new.ipynb: no cell is tagged parameters" in capsys.readouterr().err
+    assert git(root, "status", "--porcelain") == "?? notebooks/05_new.ipynb"
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,13 @@ def test_no_network_says_what_to_fetch_elsewhere(offline, monkeypatch):
         use_hub(monkeypatch, offline, "https://hub.invalid")
 
 
+def test_error_that_is_not_of_the_network_is_not_told_as_one(offline, monkeypatch):
+    use_hub(monkeypatch, offline, "https://hub.invalid")
+    said = how_to_get("some/model", None, ValueError("rope_type is none\nand more"))
+    assert "are not on this disk, and it can not be had (rope_type is none). To get it:" in said
+    assert "where there is network" not in said and "hf download some/model" in said
+
+
 def test_id_that_is_none_is_said_to_be_none(offline):
     assert how_to_get("no id at all", None) == (
         "'no id at all' is no hub id (owner/name), and no folder of that name is here"
