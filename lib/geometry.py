@@ -146,8 +146,18 @@ def plane_energy(points: np.ndarray, graph: Graph) -> float:
     return dirichlet_energy(pca(points).projection, graph)
 
 
+def plane_energies(points: np.ndarray, graph: Graph) -> np.ndarray:
+    """`plane_energy` of many clouds [..., node, d], [...]; NaN where fewer than three words are present."""
+    points = np.asarray(points)
+    found = np.empty(points.shape[:-2])
+    for place in np.ndindex(found.shape):
+        enough = len(points[place]) - len(absent_nodes(points[place])) > 2
+        found[place] = plane_energy(points[place], graph) if enough else np.nan
+    return found
+
+
 def procrustes_distance(points2d: np.ndarray, graph: Graph) -> float:
-    """Disparity between points [node, 2] and the drawn graph: 0 (same up to similarity) to 1.
+    """Procrustes distance between points [node, 2] and the drawn graph: 0 (same up to similarity) to 1.
 
     Share of the graph positions' variance that no shift, scaling, rotation or reflection of the
     points explains.

@@ -8,6 +8,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 
 class Estimate(NamedTuple):
@@ -104,6 +105,20 @@ def bootstrap_mean(
     options = {"n_resamples": n_resamples, "level": level, "seed": seed}
     band = bootstrap_band(values[:, None], **options, strata=strata, bounds=bounds)
     return Estimate(*(float(curve[0]) for curve in band))
+
+
+def student_mean(values: np.ndarray, *, level: float = 0.95) -> Estimate:
+    """Mean of values [unit] with Student's t-interval, for units too few to resample, such as four draws.
+
+    Raises:
+        ValueError: fewer than two values, or one that is not finite.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"two finite values at least make an interval, not {values}")
+    middle, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+    half = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * error
+    return Estimate(float(middle), float(middle - half), float(middle + half))
 
 
 def bootstrap_band(

@@ -27,6 +27,7 @@ from lib.geometry import (
     participation_ratio,
     pca,
     permutation_p_value,
+    plane_energies,
     plane_energy,
     predicted_energy,
     procrustes_distance,
@@ -439,6 +440,15 @@ def test_coordinate_projection_stands_for_any_projection():
     assert np.allclose(mixed @ rotation.T, simulate_mixing(GRID, 20, rank=6, seed=0))
     with pytest.raises(ValueError, match="rank must be between 0 and d = 20, not 21"):
         simulate_mixing(GRID, 20, rank=21)
+
+
+def test_energies_of_many_clouds_and_of_too_few_words():
+    clouds = np.stack([cloud(seed=seed) for seed in range(6)]).reshape(2, 3, 16, 5)
+    clouds[1, 2, 2:] = np.nan
+    clouds[0, 1, 4] = np.nan
+    found = plane_energies(clouds, GRID)
+    assert np.argwhere(np.isnan(found)).tolist() == [[1, 2]]
+    assert found[0, 1] == plane_energy(clouds[0, 1], GRID) and found[1, 0] == plane_energy(clouds[1, 0], GRID)
 
 
 def planted(n_layouts: int, d: int = 64, graph=GRID, seed: int = 0):

@@ -20,6 +20,7 @@ from lib.statistics import (
     known_mean,
     paired_difference,
     resamples,
+    student_mean,
     wilson,
 )
 
@@ -286,3 +287,16 @@ def test_constant_difference_may_lie_either_way():
     assert band.high[1] == bootstrap_band(mixed).high[1], "what has a spread keeps its bootstrap"
     with pytest.raises(ValueError, match="values from 0 to 1 are not within"):
         bootstrap_band(mixed, bounds=(0, 0.5))
+
+
+def test_student_mean_is_the_textbook_interval():
+    found = student_mean(np.array([0.26, 0.27, 0.70, 0.74]))
+    # Mean .4925, standard error .1316, 3.182 of them for four values.
+    assert found.value == pytest.approx(0.4925)
+    assert found.high - found.value == pytest.approx(0.4189, abs=5e-4)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+    rng = np.random.default_rng(0)
+    inside = [e.low < 0 < e.high for e in (student_mean(rng.normal(size=4)) for _ in range(2000))]
+    assert 0.935 < np.mean(inside) < 0.965
+    with pytest.raises(ValueError, match="two finite values"):
+        student_mean(np.array([1.0]))
