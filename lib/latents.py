@@ -398,7 +398,8 @@ def _run(
     rows = [(i, problem) for group in alike for problem in range(len(ids)) for i in group]
     lengths = [len(ids[problem]) for _, problem in rows]
     deepest = max(numbers)
-    size = batch_size or auto_rows(codi.model, max(lengths) + deepest + 2 + max_answer)
+    # Variants share their question, and behind it a row's activations are those of one token.
+    size = batch_size or 2 * auto_rows(codi.model, max(lengths) + deepest + 2 + max_answer)
 
     def run(batch: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         return _think_batch(codi, ids, variants, batch, deepest, max_answer, keep_z)

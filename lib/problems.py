@@ -113,7 +113,7 @@ class Problem:
         """The numbers in the question, in order."""
         return question_numbers(self.question)
 
-    @property
+    @cached_property
     def operations(self) -> tuple[str, ...]:
         """Operation of each step, the first one of several; "" for a step without any."""
         signs = (re.search(r"[-+*/]", equation.left.lstrip("-")) for equation in self.equations)
@@ -263,11 +263,14 @@ def pair_means(problems: Sequence[Problem], values: np.ndarray) -> np.ndarray:
     draws. A problem whose twin is not among these is a pair by itself.
     """
     place = {problem.id: i for i, problem in enumerate(problems)}
-    pairs: dict[int, list[int]] = {}
-    for i, problem in enumerate(problems):
-        pairs.setdefault(min(i, place.get(problem.twin, i)), []).append(i)
+    first = [min(i, place.get(problem.twin, i)) for i, problem in enumerate(problems)]
+    order = {i: pair for pair, i in enumerate(dict.fromkeys(first))}
+    members = np.full((len(order), 2), -1)  # problems of each pair
+    for i, of in enumerate(first):
+        members[order[of], int(i != of)] = i
     values = np.asarray(values, dtype=float)
-    return np.stack([known_mean(values[members], 0) for members in pairs.values()])
+    both = np.where((members >= 0).reshape(*members.shape, *[1] * (values.ndim - 1)), values[members], np.nan)
+    return known_mean(both, 1)
 
 
 def carried_answer(problem: Problem, other: Problem) -> float:
