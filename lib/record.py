@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from html import escape
 from importlib import metadata
@@ -147,8 +148,8 @@ class Study:
         self._lock = Lock(self.folder / ".lock")
         self._check_folder()
         self._reopen()
-        for part in self.folder.glob(f".*{_PART}"):  # of a run that was killed while it wrote
-            part.unlink(missing_ok=True)
+        _remove_parts(self.folder)
+        _remove_parts(self.cache.folder, age=86400)  # others may be at work there
 
     def figure(self, fig: Any, name: str, *, alt: str, **arrays: Any) -> None:
         """Save a figure as NAME.svg and NAME.png with its numbers as NAME.npz; same figure, same bytes.
@@ -515,6 +516,14 @@ def write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _remove_parts(folder: Path, age: float = 0) -> None:
+    """Remove what killed processes left half written, at least `age` seconds ago."""
+    for part in folder.glob(f".*{_PART}"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime >= age:
+                part.unlink()
 
 
 def _module_of(function: Callable) -> str:

@@ -448,8 +448,15 @@ os.replace = lambda *_: os.kill(os.getpid(), 9)
 write_whole(Path(sys.argv[1]), b"numbers")"""
     subprocess.run([sys.executable, "-c", killed, study.folder / "accuracy.npz"])
     [left] = study.folder.glob(".accuracy.npz.*")
+    old, new = (study.cache.folder / f".sweep-{name}.npz.{left.suffix}" for name in ("old", "new"))
+    for path in (old, new):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("numbers")
+    os.utime(old, (0, 0))
     path = finish(Study(InductionAblation, {}), figure)
     assert not left.exists() and not list(path.parent.glob(".*"))
+    assert new.exists() and not old.exists(), "another process may still write the new one"
+    new.unlink()
 
 
 RUN = """import sys

@@ -454,7 +454,7 @@ def test_killed_sweep_resumes_and_redoes_nothing(tmp_path, snakemake):
     assert run.returncode == 0 and "2 jobs: 2 done" in said, said
     after = identities(out)
     assert len(after) == 2 and before.items() <= after.items(), "a finished job ran again"
-    assert {number.n for number in read_numbers(out / "between_seeds.csv")} == {2}
+    assert {number.n for number in read_numbers(out / "between_seeds.csv") if number.n} == {2}
     for job in sweep.read_sweep(path):
         assert json.loads((out / job.name / "job.json").read_text())["seed"] == job.seed
         validate_record(out / job.name / job.study / "record.json")
