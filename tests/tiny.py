@@ -260,5 +260,5 @@ def random_model(config: PreTrainedConfig, seed: int = 0, std: float = 0.2) -> P
             else:
                 gains.append(parameter)
         for gain in gains:  # where 1 is no change, or 0 (Gemma)
-            gain.add_(0.3 * torch.randn_like(gain))
+            gain.add_(0.8 * (torch.rand_like(gain) - 0.5))
     return model
