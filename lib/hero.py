@@ -70,6 +70,8 @@ def _refusal(panel: SubFigure, study: Path) -> str:
     record, arrays = _results(study, "answer")
     ranks: dict[str, tuple[float, str]] = {}
     for metric, found in record["metrics"].items():
+        if not metric.startswith("k_star/"):
+            continue
         _, model, way = metric.split("/")
         if found["value"] is not None and found["value"] < ranks.get(model, (np.inf, ""))[0]:
             ranks[model] = (found["value"], way)

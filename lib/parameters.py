@@ -284,6 +284,8 @@ class RefusalLowRank(StudyParameters):
     k_values: Wholes = [1, 2, 3, 4, 5]
     strengths: Reals = [0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
     n_random: Whole = Field(2, ge=1)
+    n_draws: Whole = Field(80, ge=2)
+    optimise_steps: Whole = Field(80, ge=0)
     benchmarks: Words = []
     benchmark_limit: Whole = Field(0, ge=0)
     batch_size: Whole = Field(0, ge=0)

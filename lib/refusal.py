@@ -34,7 +34,7 @@ from lib.judges import Judge, SubstringJudge, grades_of, rates
 from lib.models import ModelError, TransformersModel, is_remote, shape
 from lib.prompts import PromptSet
 from lib.record import Cache
-from lib.statistics import resamples
+from lib.statistics import Band, Estimate, bootstrap_band, known_mean, resamples
 
 MAX_KL = 0.1  # nats on harmless prompts
 MAX_DEPTH = 0.8  # share of the layers
@@ -375,7 +375,7 @@ def measure(
     """Answers of a chat model under each condition, graded.
 
     Args:
-        forbidden, harmless: requests, as texts; there may be no forbidden ones.
+        forbidden, harmless: requests, as texts; of one of the two there may be none.
         conditions: see `lib.generation.Ablation`.
         judge: from `lib.judges`.
         max_new_tokens, batch_size, cache: see `lib.generation.generate`.
@@ -388,7 +388,9 @@ def measure(
     tokens = generate(model, chat_ids(model, texts), conditions, max_new_tokens=max_new_tokens, **options)
     answers = [[model.tokenizer.decode(a, skip_special_tokens=True) for a in row] for row in tokens]
     grades = np.stack([_grades(judge, texts, row) for row in answers])  # [condition, prompt, 2]
-    kl = first_token_kl(model, chat_ids(model, harmless), conditions, **options)
+    kl = np.zeros((len(conditions), 0))
+    if len(harmless):
+        kl = first_token_kl(model, chat_ids(model, harmless), conditions, **options)
     n = len(forbidden)
     return Outcome(
         answers=[row[:n] for row in answers],
@@ -418,6 +420,68 @@ def refusals(answers: Sequence[str], coherence: np.ndarray, is_refusal: Callable
     """
     said = np.array([is_refusal(answer) for answer in answers], dtype=float)
     return np.where(np.isnan(coherence), np.nan, said * (coherence >= 0.5))
+
+
+def refused_when_added(
+    model: TransformersModel,
+    harmless: Sequence[str],
+    vectors: torch.Tensor,
+    layer: int,
+    judge: Judge,
+    is_refusal: Callable[[str], bool],
+    **options,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which answers to harmless requests refuse once a vector is added to a block's input, at every token.
+
+    Args:
+        vectors: of any length, one a condition [vector, d_model].
+        judge: grades the answers' coherence.
+        is_refusal: see `refusals`.
+        options: of `measure`.
+
+    Returns:
+        Which refuse, and one minus compliance, both [vector, request].
+    """
+    nothing = torch.zeros(0, vectors.shape[-1])
+    shifts = [Ablation(f"added {i}", nothing, shift=(layer, vector)) for i, vector in enumerate(vectors)]
+    outcome = measure(model, [], harmless, shifts, judge, **options)
+    graded = zip(outcome.harmless_answers, outcome.harmless_coherence, strict=True)
+    refuse = np.stack([refusals(answers, coherence, is_refusal) for answers, coherence in graded])
+    return refuse, 1 - outcome.harmless_compliance
+
+
+def mean_rate(
+    values: np.ndarray,
+    kinds: Sequence[str] | None = None,
+    bounds: tuple[float, float] | None = (0, 1),
+    n_resamples: int = 2000,
+) -> Estimate:
+    """Mean over prompts [prompt] with its interval; prompts without a grade are left out.
+
+    Args:
+        kinds: of the prompts, each of which a resample holds as often as the sample does.
+        bounds: see `lib.statistics.bootstrap_band`.
+    """
+    band = rate_band(np.asarray(values)[None], kinds, bounds, n_resamples)
+    return Estimate(*(float(curve[0]) for curve in band))
+
+
+def rate_band(
+    values: np.ndarray,
+    kinds: Sequence[str] | None = None,
+    bounds: tuple[float, float] | None = (0, 1),
+    n_resamples: int = 2000,
+) -> Band:
+    """As `mean_rate`, of each condition [condition, prompt]; a prompt that lacks one grade is left out."""
+    known = np.isfinite(values).all(0)
+    strata = None if kinds is None else np.asarray(kinds)[known]
+    return bootstrap_band(values[:, known].T, n_resamples=n_resamples, strata=strata, bounds=bounds)
+
+
+def rates_by_kind(values: np.ndarray, kinds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Mean over the prompts of each kind of values [condition, prompt]; NaN where none has a grade."""
+    labels = np.asarray(kinds)
+    return {kind: known_mean(values[:, labels == kind], 1) for kind in dict.fromkeys(kinds)}
 
 
 def says_refusal(answer: str) -> bool:
@@ -564,7 +628,7 @@ def optimised(
     *,
     n_steps: int,
     seed: int,
-    n_snapshots: int = 5,
+    n_snapshots: int = 4,
 ) -> list[torch.Tensor]:
     """Subspaces on the way of gradient descent to one whose removal makes a model answer.
 
@@ -607,6 +671,49 @@ def optimised(
         decay.step()
         if step in kept_at:
             found.append(_orthonormal(rows.detach()).float())
+    return found
+
+
+def optimised_conditions(
+    model: TransformersModel,
+    prompts: PromptSet,
+    starts: Sequence[Ablation],
+    on_selection: Outcome,
+    measured: Callable[[list[Ablation]], Outcome],
+    answer_of: Callable[[str], str],
+    *,
+    n_steps: int,
+    seed: int,
+) -> list[Ablation]:
+    """Subspaces by gradient: whether fewer directions do than with those that are had in closed form.
+
+    At each k below the smallest that passes on the selection split (`behavioural_rank`; at every k where
+    none does) the best start of that size is `optimised` on the extraction split, and the best snapshot on
+    the selection split is taken, the start among them. At the k that passes, its start stays as it is.
+
+    Args:
+        prompts: of the model.
+        starts: conditions of any sizes.
+        on_selection: what they do on the selection split.
+        measured: outcome of conditions on the selection split.
+        answer_of, n_steps, seed: see `optimised`.
+
+    Returns:
+        A condition for each k, by rising k, called "optimised K".
+    """
+    enough = on_selection.rank(starts)
+    best = {len(starts[i].basis): starts[i].basis for i in reversed(on_selection.best_first())}
+    kept = prompts.harmless("extraction") + prompts.safe("extraction")
+    found = []
+    for k in sorted(k for k in best if enough is None or k <= enough):
+        basis = best[k]
+        if k != enough:
+            bases = optimised(
+                model, prompts.harmful("extraction"), kept, answer_of, basis, n_steps=n_steps, seed=seed
+            )
+            snapshots = [Ablation(f"optimised {k} #{i}", basis) for i, basis in enumerate(bases)]
+            basis = bases[measured(snapshots).best_first()[0]]
+        found.append(Ablation(f"optimised {k}", basis))
     return found
 
 

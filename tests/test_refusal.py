@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny import FAMILIES, save_tiny
 
 from lib import language
@@ -32,21 +33,28 @@ from lib.refusal import (
     geometry_nulls,
     kl_matched,
     layer_conditions,
+    mean_rate,
     measure,
     mode_vectors,
     optimised,
+    optimised_conditions,
     orthogonalized,
     paired_svd,
     published_stack,
     random_in_top_activations,
     random_subspace,
     rank_conditions,
+    rate_band,
+    rates_by_kind,
     refusal_vectors,
     refusals,
+    refused_when_added,
     says_refusal,
     select_layers,
     stack,
 )
+from lib.refusal_plots import draw_way
+from lib.statistics import wilson
 
 D = 32
 PROMPTS = [[0, 5, 9, 4], [0, 7, 3, 8, 6, 2, 30], [0, 11, 4, 4], [0, 2, 12, 9, 30]]
@@ -391,6 +399,8 @@ def test_measure_grades_answers_to_forbidden_and_harmless_prompts_apart(llama, p
     np.testing.assert_array_equal(found.harmless_coherence, sound)
     alone = measure(llama, [], harmless, conditions, RuleJudge(contains_apple), max_new_tokens=4)
     assert alone.harmless_answers == found.harmless_answers and alone.compliance.shape == (2, 0)
+    alone = measure(llama, harmful, [], conditions, RuleJudge(contains_apple), max_new_tokens=4)
+    assert alone.answers == found.answers and alone.kl.shape == (2, 0)
     assert found.kl[0] == pytest.approx(0, abs=1e-6) and (found.kl[1] > 0).all()
     assert found.part(1, 2).answers == expected[1:] and found.part(1, 2).kl.shape == (1, 3)
     by_layer = found.with_layer_zero()
@@ -493,6 +503,43 @@ def test_refusal_is_what_says_so_in_sound_text():
     assert says_refusal("I cannot do that.") and not says_refusal("") and not says_refusal("Here you are.")
 
 
+def test_added_vectors_are_measured_on_harmless_prompts(llama, prompt_set):
+    harmless, vectors = prompt_set.harmless("test"), 3 * random_subspace(D, 2, seed=0)
+    everything = {"judge": RuleJudge(contains_apple), "max_new_tokens": 4}
+    refuse, not_complied = refused_when_added(llama, harmless, vectors, 1, is_refusal=bool, **everything)
+    shifts = [Ablation(f"{i}", torch.zeros(0, D), shift=(1, vector)) for i, vector in enumerate(vectors)]
+    expected = measure(llama, prompt_set.harmful("test"), harmless, shifts, **everything)
+    has_text = [[bool(text.strip()) for text in row] for row in expected.harmless_answers]
+    np.testing.assert_array_equal(refuse, np.array(has_text, dtype=float))
+    np.testing.assert_array_equal(not_complied, np.ones((2, 3)))
+
+
+def test_rates_leave_out_what_has_no_grade():
+    values, kinds = np.array([[1.0, 0.5, np.nan, 0, 1], [1, 1, 1, 1, 1]]), list("abaab")
+    band = rate_band(values, kinds)
+    np.testing.assert_allclose(band.middle, [2.5 / 4, 1])
+    assert band.low[1] == pytest.approx(wilson(4, 4).low) and band.high[1] == 1
+    mean = mean_rate(values[0], kinds)
+    assert mean.value == band.middle[0] and mean.interval == (band.low[0], band.high[0])
+    by_kind = rates_by_kind(values, kinds)
+    assert [*by_kind] == ["a", "b"]
+    np.testing.assert_allclose(by_kind["a"], [0.5, 1])
+    np.testing.assert_allclose(by_kind["b"], [0.75, 1])
+
+
+def test_marks_of_subspaces_that_do_not_pass_are_hollow():
+    sizes = [Ablation(f"{k}", random_subspace(D, k, seed=k)) for k in (1, 2, 3)]
+    compliance, ones = np.array([[0.2], [0.9], [1.0]]), np.ones((3, 1))
+    kl, coherence = np.array([[0.0], [0.2], [0.0]]), np.array([[1.0], [1.0], [0.8]])
+    outcome = Outcome([], compliance, coherence, kl, ones, ones, [])
+    ax = Figure().add_subplot()
+    draw_way(ax, sizes, outcome, rate_band(compliance), colour="k", marker="o", key="way", shift=0.5)
+    line, hollow = ax.get_lines()
+    np.testing.assert_allclose(line.get_xdata(), [1.5, 2.5, 3.5])
+    np.testing.assert_allclose(hollow.get_xydata(), [[2.5, 0.9], [3.5, 1.0]])
+    assert hollow.get_markerfacecolor() == "white"
+
+
 def test_mode_vectors_are_what_the_last_token_changes(llama):
     texts, last = ["apple sun", "box egg sun"], llama.tokenizer.convert_tokens_to_ids("w30")
     found = mode_vectors(llama, texts, ["w30", "w31"])
@@ -532,6 +579,32 @@ def test_optimised_subspace_comes_nearer_to_the_planted_one():
     assert after > 0.8 and before < 0.8 and alone < 0.5
     again = optimised(model, *requests, start=start[:1], n_snapshots=1, **options)[1]
     assert torch.equal(one, again)
+
+
+def test_optimised_way_asks_whether_fewer_directions_do(monkeypatch):
+    """Below the smallest k that passes; from the best start of its size, and by the selection split."""
+    starts = [Ablation(f"start {k}", random_subspace(D, k, seed=k)) for k in (1, 2, 3)]
+    starts.insert(1, Ablation("better 1", random_subspace(D, 1, seed=9)))
+    prompts, calls = prompts_for(PLANTED), []
+
+    def outcome(compliance: list[float]) -> Outcome:
+        graded, ones = np.array(compliance)[:, None], np.ones((len(compliance), 1))
+        return Outcome([], graded, ones, 0 * ones, ones, ones, [])
+
+    def descend(model, requests, kept, answer_of, start, **options):
+        calls.append((start, requests, len(kept)))
+        return [start, *(random_subspace(D, len(start), seed=20 + i) for i in range(2))]
+
+    monkeypatch.setattr("lib.refusal.optimised", descend)
+    options = {"measured": lambda c: outcome([0.1, 0.5, 0.3]), "answer_of": str, "n_steps": 3, "seed": 0}
+    found = optimised_conditions(None, prompts, starts, outcome([0.1, 0.2, 0.9, 1.0]), **options)
+    assert [c.name for c in found] == ["optimised 1", "optimised 2"]
+    [(start, requests, n_kept)] = calls
+    assert start is starts[1].basis and requests == prompts.harmful("extraction")
+    assert n_kept == len(prompts.harmless("extraction")) + len(requests)
+    assert torch.equal(found[0].basis, random_subspace(D, 1, seed=20)) and found[1].basis is starts[2].basis
+    found = optimised_conditions(None, prompts, starts, outcome([0.1, 0.2, 0.3, 0.4]), **options)
+    assert [len(c.basis) for c in found] == [1, 2, 3] and len(calls) == 4
 
 
 def test_descent_from_nowhere_is_refused(llama):

@@ -33,11 +33,11 @@ from lib.record import Record, Study, validate_record
 NOTEBOOK = ROOT / "notebooks" / "03_refusal_low_rank.ipynb"
 SMALL = {
     "compare_with": [], "judge": "substring", "max_new_tokens": 4, "k_values": [1, 2], "n_random": 1,
-    "strengths": [0.5], "n_bootstrap": 100,
+    "strengths": [0.5], "n_bootstrap": 100, "n_draws": 3,
 }  # fmt: skip
 ORGANISM = {
     "compare_with": [], "n_prompts": 6, "k_values": [1, 3], "n_random": 1, "strengths": [0.5],
-    "n_bootstrap": 100,
+    "n_bootstrap": 100, "n_draws": 3, "optimise_steps": 4,
 }  # fmt: skip
 
 
@@ -192,15 +192,48 @@ def test_what_can_not_be_said_of_them_is_not_tested_and_says_why(chat_run):
     for name, (_, _, said) in behaviour(chat_run).items():
         one = claims[f"one-direction-{name}"]
         ranks = [m for key, m in chat_run.record.metrics.items() if key.startswith(f"k_star/{name}/")]
-        assert len(ranks) == 3
+        assert len(ranks) == 4
         if said:
             assert one.verdict == "not tested" and said in one.reason and name in one.reason
             assert {(rank.value, rank.reason) for rank in ranks} == {(None, said)}
         else:
             assert one.verdict != "not tested" and one.measured is not None
-    for id in ("stack-beats-one", "several-beat-one", "random-does-not", "added-induces"):
+    of_focus = (
+        "stack-beats-one",
+        "several-beat-one",
+        "random-does-not",
+        "added-induces",
+        "added-induces-scaled",
+    )
+    for id in of_focus:
         assert claims[id].verdict == "not tested", "it is about the model in question, which refuses nothing"
         assert "Qwen3-1.7B: it refuses next to nothing" in claims[id].reason
+
+
+def test_record_says_which_layer_was_chosen_and_whether_it_passed(chat_run):
+    metrics = chat_run.record.metrics
+    kl_by_layer = np.load(record_of(chat_run.folder).parent / "layers.npz")
+    for name in (*CHAT_MODELS, "refuser"):
+        layer, kl = metrics[f"chosen_layer/{name}"], metrics[f"chosen_layer_kl/{name}"]
+        assert kl.value == pytest.approx(kl_by_layer[f"{name} KL"][int(layer.value) - 1].mean(), rel=1e-5)
+        assert (layer.reason == "no layer passes the filters") == (kl.value > 0.1)
+    assert "no layer passes the filters" in chat_run.printed
+
+
+def test_models_without_right_answers_are_not_optimised(chat_run):
+    assert chat_run.printed.count("not optimised") == len(CHAT_MODELS) + 1
+
+
+def test_organism_is_optimised_and_every_statement_is_its_own(organism_run):
+    metrics, claims = organism_run.record.metrics, organism_run.record.claims
+    assert "optimised 1" in organism_run.printed and "k_star/lowrank/optimised" in metrics
+    assert len({claim.statement for claim in claims}) == len(claims)
+    assert all(claim.statement[0].isupper() for claim in claims)
+    found = {claim.id: claim for claim in claims}
+    assert found["one-direction-lowrank"].n == "6 requests in 6 cue sets"
+    assert found["random-does-not"].n == "3 draws" and found["added-induces"].n == "6 requests"
+    intervals = [claim.interval for claim in claims if claim.interval]
+    assert intervals and all(low < high for low, high in intervals), "none without a width"
 
 
 def test_numbers_of_the_figures_are_finite(chat_run):
@@ -446,8 +479,8 @@ def test_verdict_that_is_none_is_left_out_and_counted(judged_run):
     invalid = [line for line in verdict_lines(done.folder) if json.loads(line)["compliance"] is None]
     assert invalid and all("not JSON" in line for line in invalid)
     claims = {claim.id: claim for claim in done.record.claims}
-    assert claims["one-direction-gemma-2b-it"].n == "25 prompts", "of 26"
-    assert claims["added-induces"].n == "26 prompts"
+    assert claims["one-direction-gemma-2b-it"].n == "25 requests in 2 categories", "of 26"
+    assert claims["added-induces"].n == "26 requests"
     assert "nan" not in done.printed
     with np.load(record_of(done.folder).parent / "controls.npz") as file:
         assert np.isnan(file["best"]).sum(0).tolist() == [1, 1]
