@@ -314,10 +314,10 @@ def layer_class_sums(
                     stream = block.input
                     if index in wanted:
                         kept[index] = stream.detach().clone()
-                    read.append(_grouped_sums(stream[:, n_prefix:], of, n_classes).cpu())
+                    read.append(class_sums(stream[:, n_prefix:], of, n_classes).sum(0).cpu())
                     if index in layers:
                         ablate_heads(block, ablated[index], None if fills is None else fills[index])
-                read.append(_grouped_sums(model.layers[-1].output[:, n_prefix:], of, n_classes).cpu())
+                read.append(class_sums(model.layers[-1].output[:, n_prefix:], of, n_classes).sum(0).cpu())
                 measured = {"kept": kept, "sums": torch.stack(read)}.save()
                 tracer.stop()
             streams |= {(i, index): stream for index, stream in measured["kept"].items()}
@@ -330,15 +330,11 @@ def layer_class_sums(
     return sums[places], sum(_class_counts(grouping, n_classes).sum(0) for grouping in groupings)
 
 
-def _grouped_sums(stream: torch.Tensor, groups: torch.Tensor, n_classes: int) -> torch.Tensor:
-    """Class sums [class, d] of a batch, each token in a class of every grouping [grouping, batch, token]."""
-    return sum(class_sums(stream, labels, n_classes).sum(0) for labels in groups)
-
-
 def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     """Sums of activations by class [batch, class, d] of stream [batch, token, d] and labels [batch, token].
 
-    A label of -1 is counted nowhere. Works inside a trace.
+    A label of -1 is counted nowhere. Labels [grouping, batch, token] count a token in a class of each of
+    several groupings, which have no class in common. Works inside a trace.
 
     Raises:
         ValueError: activations that are not finite. One would make every sum NaN, as 0 * NaN is.
@@ -349,7 +345,10 @@ def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> to
             f"activations overflowed in {str(stream.dtype).removeprefix('torch.')}: some are NaN or "
             "infinite; load the model with dtype 'bfloat16' or 'float32'"
         )
-    one_hot = labels.to(stream.device)[:, None] == torch.arange(n_classes, device=stream.device)[:, None]
+    classes = torch.arange(n_classes, device=stream.device)[:, None]
+    one_hot = labels.to(stream.device)[..., None, :] == classes  # [..., batch, class, token]
+    if labels.ndim == 3:
+        one_hot = one_hot.any(0)
     with torch.autocast(stream.device.type, enabled=False):  # NDIF's would sum in bfloat16
         return one_hot.float() @ stream.detach().float()
 

@@ -121,6 +121,27 @@ def student_mean(values: np.ndarray, *, level: float = 0.95) -> Estimate:
     return Estimate(float(middle), float(middle - half), float(middle + half))
 
 
+def jackknife(
+    statistic: Callable[[np.ndarray], float | np.ndarray], n: int, *, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A statistic of n units with the interval that leaving out one at a time gives (Tukey 1958).
+
+    For fits that a bootstrap would bias, because its resamples hold fewer different units.
+
+    Args:
+        statistic: takes unit indices and returns a number or an array.
+
+    Returns:
+        (value, low, high), each of the statistic's shape.
+    """
+    every = np.arange(n)
+    left_out = np.stack([np.asarray(statistic(np.delete(every, i)), dtype=float) for i in every])
+    error = np.sqrt((n - 1) * left_out.var(axis=0))
+    value = np.asarray(statistic(every), dtype=float)
+    half = scipy.stats.t.ppf((1 + level) / 2, n - 1) * error
+    return value, value - half, value + half
+
+
 def bootstrap_band(
     values: np.ndarray,
     *,

@@ -17,6 +17,7 @@ from lib.statistics import (
     derangement,
     gwet_ac1,
     holm,
+    jackknife,
     known_mean,
     paired_difference,
     resamples,
@@ -300,3 +301,16 @@ def test_student_mean_is_the_textbook_interval():
     assert 0.935 < np.mean(inside) < 0.965
     with pytest.raises(ValueError, match="two finite values"):
         student_mean(np.array([1.0]))
+
+
+def test_jackknife_of_a_mean_is_students_interval_and_of_a_fit_covers_it():
+    values = np.random.default_rng(0).normal(size=9)
+    assert jackknife(lambda rows: values[rows].mean(), 9) == pytest.approx(tuple(student_mean(values)))
+    inside = 0
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=20)
+        y = 2 * x + rng.normal(size=20)
+        _, low, high = jackknife(lambda rows, x=x, y=y: (x[rows] @ y[rows]) / (x[rows] @ x[rows]), 20)
+        inside += low < 2 < high
+    assert 0.91 < inside / 400 < 0.99
