@@ -207,8 +207,19 @@ def _rows(items: Iterable[Any]) -> Iterator[list[str]]:
 def _measured(claim: Claim) -> str:
     if claim.measured is None:
         return claim.reason
-    text = with_interval(claim.measured, claim.interval)
+    text = _beside(claim.measured, claim.rule)
+    if claim.interval:
+        low, high = (_beside(bound, claim.rule) for bound in claim.interval)
+        text += f" [{low}, {high}]"
     return " ".join(filter(None, [text, claim.unit, f"({claim.n})" if claim.n else ""]))
+
+
+def _beside(value: float, rule: tuple[float | None, float | None]) -> str:
+    """A number with as many digits, three or more, as tell it from the bounds of a rule."""
+    others, digits = [bound for bound in rule if bound not in (None, value)], 3
+    while digits < 8 and any(f"{bound:.{digits}g}" == f"{value:.{digits}g}" for bound in others):
+        digits += 1
+    return f"{value + 0.0:.{digits}g}"
 
 
 def _text(header: list[str], rows: list[list[str]], width: int | None) -> str:

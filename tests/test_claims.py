@@ -103,6 +103,14 @@ def test_no_claims_are_said_so():
     assert "No claims" in repr(ClaimsTable([])) and "No claims" in ClaimsTable([])._repr_html_()
 
 
+def test_a_bound_next_to_its_rule_is_told_from_it():
+    close = claim(measured=0.00869, interval=(0.00749, 0.0099981), above=0.01)
+    assert close.verdict == "fails"
+    assert "0.00869 [0.00749, 0.009998]" in claims_table([close], width=160)
+    at = claim(measured=0.02, interval=(0.01, 0.03), above=0.01)
+    assert "0.02 [0.01, 0.03]" in claims_table([at], width=160)
+
+
 def test_numbers_do_not_show_rounding_noise():
     shown = [claims_table([claim(measured=x, below=1)], "html") for x in (-0.0, 0.0, 0.3, 0.1 + 0.2)]
     assert shown[0] == shown[1] and shown[2] == shown[3]
