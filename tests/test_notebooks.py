@@ -7,6 +7,7 @@ anything, hence the guard here.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 import yaml
@@ -99,6 +101,43 @@ def test_figures_and_record_are_those_of_one_run(path):
     assert files == {*record.artifacts, "record.json"}, "files of another run"
     if is_committed(folder):  # a reader's own run may have parameters of its own
         assert record.parameters == schemas()[path.stem]().model_dump(), "commit what `make notebooks` writes"
+
+
+def test_study_of_induction_claims_what_its_numbers_can_carry():
+    """Energies over layouts, tests above chance, random heads over draws, published values at the same k."""
+    record = validate_record(ROOT / "figures" / "01_induction_ablation" / "record.json")
+    claims, settings = {claim.id: claim for claim in record.claims}, record.parameters
+    if settings != schemas()["01_induction_ablation"]().model_dump():
+        pytest.skip("the stored run has parameters of its own")
+    layouts, draws = f"{settings['n_layouts']} layouts", f"{settings['n_random_sets']} draws"
+    for id in ("geometry", "learnt"):
+        assert claims[id].n == layouts
+    for layer in range(6):
+        assert record.metrics[f"energy, layer {layer}"].n == layouts
+    assert claims["random"].n == record.metrics["accuracy, 8 random"].n == draws
+    with np.load(ROOT / "figures" / "01_induction_ablation" / "ablation.npz") as file:
+        curves = {name: file[f"zero_{name}"].mean(0) for name in ("induction", "previous_token")}
+        assert file["random_draws"].shape == (4, settings["n_random_sets"])
+    chance = 3 / 16  # mean degree over words
+    for id, name in (("still-rises", "induction"), ("plateaus", "previous_token")):
+        [k] = map(int, re.findall(r"top (\d+) ", claims[id].statement))
+        assert curves[name][[0, 1, 2, 4, 8].index(k)] > chance
+        assert all(curves[name][[0, 1, 2, 4, 8].index(more)] < chance for more in (1, 2, 4, 8) if more > k)
+    [k] = map(int, re.findall(r"k = (\d+)", claims["previous first"].statement))
+    found = json.loads((ROOT / "data" / "published.json").read_text())["arditi-26"]["figures"]
+    at = found["ablated_heads"].index(k)
+    llama = found["accuracy_induction_ablated"][at] - found["accuracy_previous_token_ablated"][at]
+    assert claims["previous first"].published == pytest.approx(llama)
+    assert claims["random"].published is None, "Llama's random heads were 32"
+    with np.load(ROOT / "figures" / "01_induction_ablation" / "layouts.npz") as file:
+        energies = file["energy"]  # [layout, condition, layer]
+    assert energies.shape == (settings["n_layouts"], 5, 6)
+    assert record.metrics["energy, layer 4"].value == pytest.approx(energies[:, 0, 4].mean())
+    # One layout is no measurement: layouts spread far wider than its interval over walks.
+    low, high = record.metrics["energy, intact"].interval
+    assert energies[:, 0, 4].std(ddof=1) > 4 * (high - low) / 2 / 1.96
+    # The induction heads are in layer 3: below, and at its input, the model without them is the intact one.
+    assert np.allclose(energies[:, 0, :4], energies[:, 1, :4], rtol=1e-3)
 
 
 # --- the guards, and what they must catch
