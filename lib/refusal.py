@@ -381,7 +381,7 @@ def measure(
         max_new_tokens, batch_size, cache: see `lib.generation.generate`.
 
     Raises:
-        JudgeError: over 2% of the verdicts on a condition are invalid.
+        JudgeError: over 2% of the verdicts on a condition are invalid, and more than one, or all.
     """
     options = {"batch_size": batch_size, "cache": cache}
     texts = [*forbidden, *harmless]
@@ -405,7 +405,8 @@ def measure(
 
 def _grades(judge: Judge, prompts: list[str], answers: list[str]) -> np.ndarray:
     verdicts = judge(prompts, answers)
-    rates(verdicts)  # refuses a judge that fails too often
+    # Refuses a judge that fails too often; once is no rate, however few the answers.
+    rates(verdicts, max_invalid=max(0.02, 1 / len(verdicts)))
     return grades_of(verdicts)
 
 

@@ -441,6 +441,21 @@ def test_measure_refuses_a_judge_that_fails(llama, prompt_set):
                 max_new_tokens=2)  # fmt: skip
 
 
+def test_measure_lets_one_invalid_verdict_pass(llama, prompt_set):
+    """Of three answers it is a third, and says no more of the judge than one of three hundred."""
+
+    def judge_of(n_bad):
+        return lambda prompts, answers: [
+            Verdict.invalid("no reply") if i < n_bad else Verdict(1.0, 1.0) for i in range(len(answers))
+        ]
+
+    harmless, conditions = prompt_set.harmless("test"), [intact(llama)]
+    found = measure(llama, [], harmless, conditions, judge_of(1), max_new_tokens=2)
+    assert np.isnan(found.harmless_compliance).sum() == 1
+    with pytest.raises(JudgeError, match="2 of 3 verdicts are invalid"):
+        measure(llama, [], harmless, conditions, judge_of(2), max_new_tokens=2)
+
+
 def test_extraction_reads_the_extraction_split(llama, prompt_set):
     found = extract(llama, prompt_set)
     assert found.harmful.shape == found.safe.shape == (6, 4, D) and found.harmless.shape == (3, 4, D)
