@@ -318,6 +318,8 @@ def stop_of(parameters: dict, folder: Path, monkeypatch) -> Exception:
             for source in rest:
                 exec(source, namespace)
     except Exception as error:
+        if "study" in namespace:  # at the end of a process its folder is free again
+            namespace["study"]._lock.release()
         return error
     pytest.fail("nothing stopped it")
 
