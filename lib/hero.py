@@ -6,8 +6,8 @@ those of the records. Run it after the studies, and commit figures/hero.png and 
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -17,9 +17,10 @@ from matplotlib.figure import Figure, SubFigure
 from lib import plots
 from lib.geometry import dirichlet_energy
 from lib.parameters import schemas
-from lib.record import figures_folder
+from lib.record import Metric, Record, RecordError, artifact_problem, figures_folder, read_record
 from lib.statistics import bootstrap_band
 
+_WAYS = {"categories": "means", "optimised": "gradient"}
 STUDIES = ("01_induction_ablation", "02_neighbor_mixing", "03_refusal_low_rank", "04_codi_attention")
 
 
@@ -27,7 +28,7 @@ def draw(folder: Path) -> Figure:
     """The figure of the results in a folder of studies.
 
     Raises:
-        FileNotFoundError: a study without record or numbers.
+        RecordError: a study without record or numbers, or with others than those of its record.
     """
     matplotlib.use("agg")
     plots.use_house_style()
@@ -42,7 +43,7 @@ def draw(folder: Path) -> Figure:
 def _induction(panel: SubFigure, study: Path) -> str:
     """Accuracy against the number of ablated heads; returns the title, as the other panels do."""
     record, arrays = _results(study, "ablation")
-    ks, kind = arrays["k"], record["parameters"]["ablation"]
+    ks, kind = arrays["k"], record.parameters["ablation"]
     names = {"random": plots.GREY, "induction": plots.BLUE, "previous token": plots.VERMILLION}
     bands = {name: bootstrap_band(arrays[f"{kind}_{name.replace(' ', '_')}"]) for name in names}
     ax = panel.subplots()
@@ -55,9 +56,11 @@ def _induction(panel: SubFigure, study: Path) -> str:
 def _mixing(panel: SubFigure, study: Path) -> str:
     """Random vectors, and the same after one step along the graph, with and without the word itself."""
     record, arrays = _results(study, "toy")
-    graph = schemas()[study.name](**record["parameters"]).word_graph()
+    graph = schemas()[study.name](**record.parameters).word_graph()
     planes = {"random": arrays["before"], "mixed": arrays["after"]}
-    planes["mixed without itself"] = _results(study, "stills")[1]["positions"][6]  # self-weight 0, one step
+    stills = _results(study, "stills")[1]
+    alone = (stills["self_weight"] == 0) & (stills["steps"] == 1)
+    [planes["mixed without itself"]] = stills["positions"][alone]
     for ax, (name, positions) in zip(panel.subplots(1, 3), planes.items(), strict=True):
         plots.draw_graph(ax, positions, graph, labels=())
         ax.set_title(f"E = {_short(dirichlet_energy(positions, graph))}", loc="center", fontweight="normal")
@@ -66,25 +69,28 @@ def _mixing(panel: SubFigure, study: Path) -> str:
 
 
 def _refusal(panel: SubFigure, study: Path) -> str:
-    """Compliance against the number of directions removed, each model by the way that needs fewest."""
+    """Compliance against the number of directions removed: those of means by category, and by gradient."""
     record, arrays = _results(study, "answer")
-    ranks: dict[str, tuple[float, str]] = {}
-    for metric, found in record["metrics"].items():
-        if not metric.startswith("k_star/"):
-            continue
-        _, model, way = metric.split("/")
-        if found["value"] is not None and found["value"] < ranks.get(model, (np.inf, ""))[0]:
-            ranks[model] = (found["value"], way)
-    ks = np.array(record["parameters"]["k_values"])
+    ks = np.array(record.parameters["k_values"])
     ax = panel.subplots()
     for model, colour in (("single", plots.BLUE), ("lowrank", plots.VERMILLION)):
-        values = arrays[f"{model} {ranks[model][1]}"]
-        plots.draw_band(ax, ks[: len(values)], *bootstrap_band(values.T), colour=colour, label=model)
+        for way, marker in (("categories", "o"), ("optimised", "D")):
+            values = arrays[f"{model} {way}"]
+            band, at = bootstrap_band(values.T), ks[: len(values)]
+            ax.fill_between(at, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
+            ax.plot(at, band.middle, color=colour, marker=marker, label=f"{model}, {_WAYS[way]}")
     draws = arrays["lowrank random"].mean(axis=1).reshape(len(ks), -1).mean(axis=1)
-    ax.plot(ks, draws, "x--", color=plots.GREY)
-    plots.label_end(ax, ks, draws, "random", colour=plots.GREY)
+    ax.plot(ks, draws, "x--", color=plots.GREY, label="random")
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.08))
     ax.set(ylim=(-0.05, 1.05), xticks=ks, ylabel="compliance", xlabel="refusal directions removed")
-    return "Directions needed: " + ", ".join(f"{name} {ranks[name][0]:.0f}" for name in ("single", "lowrank"))
+    ranks = {model: _fewest(record.metrics, model) for model in ("single", "lowrank")}
+    return "Directions needed: " + ", ".join(f"{model} ≤ {k:.0f}" for model, k in ranks.items())
+
+
+def _fewest(metrics: Mapping[str, Metric], model: str) -> float:
+    """The least k* of a model by any way; infinite where none found one."""
+    found = [metric.value for name, metric in metrics.items() if name.startswith(f"k_star/{model}/")]
+    return min((k for k in found if k is not None), default=np.inf)
 
 
 def _codi(panel: SubFigure, study: Path) -> str:
@@ -100,10 +106,13 @@ def _codi(panel: SubFigure, study: Path) -> str:
     return f"codi: even minus odd thoughts {_short(record['metrics']['even - odd decoded/codi']['value'])}"
 
 
-def _results(study: Path, figure: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """A study's record, and the numbers of one of its figures."""
+def _results(study: Path, figure: str) -> tuple[Record, dict[str, np.ndarray]]:
+    """A study's record, and the numbers of one of its figures as that run left them."""
+    record = read_record(study / "record.json")
+    if problem := artifact_problem(study / "record.json", f"{figure}.npz", record.artifacts[f"{figure}.npz"]):
+        raise RecordError(f"{study / figure}.npz {problem}; run the study again")
     with np.load(study / f"{figure}.npz", allow_pickle=False) as arrays:
-        return json.loads((study / "record.json").read_text()), dict(arrays)
+        return record, dict(arrays)
 
 
 def _short(value: float) -> str:
@@ -121,5 +130,5 @@ def save(fig: Figure, path: Path) -> None:
 if __name__ == "__main__":
     try:
         save(draw(figures_folder()), figures_folder() / "hero")
-    except FileNotFoundError as missing:
-        sys.exit(f"{missing.filename} is missing: run the studies first, by make run")
+    except RecordError as error:
+        sys.exit(f"{error}\nhero: run the studies first, by make run")
