@@ -103,7 +103,7 @@ def _codi(panel: SubFigure, study: Path) -> str:
     ax = panel.subplots()
     ax.set(ylim=(-0.05, 1.05), xticks=thoughts, xlabel="continuous thought", ylabel="decodes to a result")
     plots.draw_bands(ax, thoughts, bands, colours[: len(bands)], marker="o")
-    return f"codi: even minus odd thoughts {_short(record['metrics']['even - odd decoded/codi']['value'])}"
+    return f"codi: even minus odd thoughts {_short(record.metrics['even - odd decoded/codi'].value)}"
 
 
 def _results(study: Path, figure: str) -> tuple[Record, dict[str, np.ndarray]]:
