@@ -403,12 +403,14 @@ def test_legend_gives_both_published_counts(visit, data):
 
 def test_sink_can_be_left_out_and_is_reported(visit, data):
     tab = visit(page(data))
-    tab.keyboard.press("ArrowRight")
-    problem = data["problems"][1]
-    button(tab, "z_2").focus()
-    row = tab.locator("tr").filter(has=button(tab, "z_2")).get_by_role("cell").nth(1)
+    found = ((i, z) for i, each in enumerate(data["problems"]) for z in range(7) if 0 in each["top"][z][:4])
+    i, z = next(found)  # a state of the random model that has the first token among its four
+    menu(tab, "problem").select_option(str(i))
+    problem = data["problems"][i]
+    button(tab, f"z_{z}").focus()
+    row = tab.locator("tr").filter(has=button(tab, f"z_{z}")).get_by_role("cell").nth(1)
     assert row.locator(".chip .word").count() == 4 and "sink" in row.text_content()
-    attention = np.array(problem["attention"][Z2], dtype=float)
+    attention = np.array(problem["attention"][z], dtype=float)
     sink = f".{int(attention[0]):03}"
     assert f"{sink} of it on the first token (sink)" in tab.locator(".readout").text_content()
     tab.get_by_label("leave out the first token (sink)").check()
@@ -468,7 +470,7 @@ def test_twins_stand_side_by_side(visit, data):
     button(tab, "layers of z_1").click()
     for name in ("z_0", "z_5", "answer"):
         rows = [button(tab, name, side).bounding_box()["y"] for side in (0, 1)]
-        assert rows[0] == rows[1], "the states of twins are not in line"
+        assert abs(rows[0] - rows[1]) < 1, "the states of twins are not in line"  # less than a pixel
     assert texts(tab, ".token.differs .word") == ["8", "3", "4", "20", "2", "6"]
     largest = [[max(data["problems"][i]["attention"][row]) for i in (1, 2)] for row in range(7)]
     row = next(row for row, (one, other) in enumerate(largest) if one != other)
