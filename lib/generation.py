@@ -223,33 +223,6 @@ def first_token_log_probabilities(
     )  # fmt: skip
 
 
-def refusal_scores(
-    model: TransformersModel,
-    prompts: Sequence[Tokens],
-    conditions: Sequence[Ablation],
-    token_ids: Sequence[int],
-    *,
-    batch_size: int = 0,
-    cache: Cache | None = None,
-) -> np.ndarray:
-    """Log-odds that the first token of the answer is one of a few, such as those that open a refusal.
-
-    Arguments and errors as for `generate`; `token_ids` are the few.
-
-    Returns:
-        [condition, prompt], float32: log p - log (1 - p) of their probability p.
-
-    Source: Arditi et al. (2024).
-    """
-    chosen = sorted({int(token) for token in token_ids})
-    if not chosen or not 0 <= chosen[0] <= chosen[-1] < shape(model).n_vocabulary:
-        raise ValueError(f"token_ids {chosen} must be one or more of {shape(model).n_vocabulary} tokens")
-    return _over_rows(
-        model, prompts, conditions, partial(_log_odds, model, chosen),
-        name="refusal_scores", key={"token_ids": chosen}, batch_size=batch_size, cache=cache, by_prompt=True,
-    )  # fmt: skip
-
-
 def answer_loss(
     model: TransformersModel, prompts: Sequence[Tokens], answers: Sequence[Tokens], basis: torch.Tensor
 ) -> torch.Tensor:
@@ -406,16 +379,6 @@ def _divergences(model: TransformersModel, prompts: list[Tokens], conditions: li
     return kl.clamp_min(0).cpu().numpy()  # rounding alone makes it negative
 
 
-def _log_odds(
-    model: TransformersModel, token_ids: list[int], prompts: list[Tokens], conditions: list[Ablation]
-) -> np.ndarray:
-    """Log-odds that the next token is one of token_ids [row]."""
-    logits = _first_logits(model, prompts, conditions)
-    chosen = logits[:, token_ids].logsumexp(-1)
-    logits[:, token_ids] = -torch.inf
-    return (chosen - logits.logsumexp(-1)).cpu().numpy()
-
-
 # -- forwards --------------------------------------------------------------------------------------
 
 
@@ -562,6 +525,21 @@ def _forward(
                 continue
             _edit_block(block, index, removed, shifts)
         logits = model.lm_head.output[:, -1].float().detach().save()
+    return known_logits(logits, model)
+
+
+def known_logits(logits: torch.Tensor, model: TransformersModel) -> torch.Tensor:
+    """The logits [row, vocabulary] as they are.
+
+    Raises:
+        ModelError: one is NaN: the likeliest token of a row would be its first.
+    """
+    if logits.sum(-1).isnan().any():
+        dtype = str(model._module.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"logits are NaN: activations overflowed in {dtype}; load the model in bfloat16 or float32, or "
+            "lower the strength of the edit"
+        )
     return logits
 
 
@@ -618,6 +596,8 @@ def _over_rows(
     """
     _pad_id(model)
     _check_prompts(model, prompts, new_tokens)
+    if not conditions:
+        raise ValueError("there are no conditions; give `intact(model)` for the model as it is")
     sizes = shape(model)
     for condition in conditions:
         _check_condition(condition, sizes.n_layers, sizes.d_model)
@@ -760,6 +740,8 @@ def _check_condition(condition: Ablation, n_layers: int, d_model: int) -> None:
                 f"condition {condition.name!r}: {name} has {vector.shape[-1]} dimensions, and the model's "
                 f"residual stream has {d_model}; was it taken from another model?"
             )
+        if vector is not None and not vector.isfinite().all():
+            raise ValueError(f"condition {condition.name!r}: {name} is NaN or infinite somewhere")
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise ValueError(

@@ -57,14 +57,17 @@ class ClassSums:
         """
         stream, nodes = np.asarray(stream), np.asarray(nodes)
         if stream.shape[-3:-1] != nodes.shape:
-            raise ValueError(f"stream must be [..., walk, token, d] with [walk, token] = {nodes.shape}, "
-                             f"not {stream.shape}")
+            raise ValueError(
+                f"stream must be [..., walk, token, d] with [walk, token] = {nodes.shape}, not {stream.shape}"
+            )
         strange = nodes[(nodes < -1) | (nodes >= len(self.counts))]
         if len(strange):
             raise ValueError(f"node {strange[0]} is none of the {len(self.counts)} nodes, nor -1 for none")
         if not np.isfinite(stream).all():
-            raise ValueError(f"activations overflowed: some of these {stream.dtype} values are NaN or "
-                             "infinite; load the model with dtype 'bfloat16' or 'float32'")
+            raise ValueError(
+                f"activations overflowed: some of these {stream.dtype} values are NaN or "
+                "infinite; load the model with dtype 'bfloat16' or 'float32'"
+            )
         one_hot = np.arange(len(self.counts))[:, None] == nodes.reshape(1, -1)  # [node, walk * token]
         flat = stream.reshape(*stream.shape[:-3], -1, stream.shape[-1]).astype(np.float64)
         self.sums = self.sums + one_hot.astype(np.float64) @ flat
@@ -249,8 +252,10 @@ def permutation_p_value(observed: float, null: np.ndarray, tail: str) -> float:
         raise ValueError(f"tail must be 'lower' or 'upper', not {tail!r}")
     null = np.asarray(null)
     if np.isnan(observed) or np.isnan(null).any():
-        raise ValueError(f"a NaN has no p-value: observed {observed}, {np.isnan(null).sum()} NaN among "
-                         f"{len(null)} null values")
+        raise ValueError(
+            f"a NaN has no p-value: observed {observed}, {np.isnan(null).sum()} NaN among "
+            f"{len(null)} null values"
+        )
     count = (null <= observed).sum() if tail == "lower" else (null >= observed).sum()
     return float((1 + count) / (1 + len(null)))
 
@@ -307,10 +312,12 @@ def simulate_mixing(
         raise ValueError(f"rank must be between 0 and d = {d}, not {rank}")
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((graph.n_nodes, d))
-    mixed = np.hstack([
-        mixing_matrix(graph, self_weight, steps) @ vectors[:, :rank],
-        self_weight**steps * vectors[:, rank:],
-    ])
+    mixed = np.hstack(
+        [
+            mixing_matrix(graph, self_weight, steps) @ vectors[:, :rank],
+            self_weight**steps * vectors[:, rank:],
+        ]
+    )
     return mixed + noise * rng.standard_normal(mixed.shape) if noise else mixed
 
 
@@ -545,8 +552,10 @@ def _present(points: np.ndarray, at_least: int = 2) -> np.ndarray:
     if len(broken):
         raise ValueError(f"node {broken[0]} is NaN or infinite in part; an absent node is NaN throughout")
     if finite.sum() < at_least:
-        raise ValueError(f"only {finite.sum()} of {len(points)} words are present, {at_least} needed; "
-                         "take a longer window or more walks")
+        raise ValueError(
+            f"only {finite.sum()} of {len(points)} words are present, {at_least} needed; "
+            "take a longer window or more walks"
+        )
     return finite
 
 

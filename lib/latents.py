@@ -31,7 +31,7 @@ from transformers import DynamicCache
 
 from lib.batches import Batches, auto_rows
 from lib.codi_checkpoint import CodiModel
-from lib.generation import end_tokens
+from lib.generation import end_tokens, known_logits
 from lib.models import provenance, shape
 from lib.problems import Problem, carried_answer, extract_answer, question_numbers, twin_indices, twins
 from lib.progress import counting
@@ -49,16 +49,6 @@ class ThoughtIndex(NamedTuple):
     """
 
     k: int
-
-    @classmethod
-    def from_neverix(cls, token: int) -> ThoughtIndex:
-        """Of neverix's token 1, 2, ..."""
-        return cls(token - 1)
-
-    @classmethod
-    def from_goyal(cls, step: int) -> ThoughtIndex:
-        """Of Goyal's step 1, 2, ..."""
-        return cls(step)
 
     @property
     def neverix(self) -> str:
@@ -222,8 +212,7 @@ def twin_patches(
 ) -> list[Variant]:
     """For each set of k the variant in which these z_k are those of the problem's twin.
 
-    Raises:
-        ValueError: a problem without its twin among the problems.
+    A problem whose twin is not among the problems keeps its own.
     """
     values = thoughts.z[twin_indices(problems)]
     return [_replacing("twin's", chosen, thoughts, values) for chosen in sets]
@@ -272,8 +261,8 @@ def causal_role(
 ) -> CausalRole:
     """Twin patching and mean ablation of sets of thoughts, side by side.
 
-    Only problems that are answered right tell anything, and of twins those that both are. Problems without
-    twins, as those of GSM8K, have mean ablation alone.
+    Only problems that are answered right tell anything, and of twins those that both are. Problems whose twin
+    is not among these, as those of GSM8K, have mean ablation alone.
 
     Args:
         thoughts: of the problems, from `think`.
@@ -281,10 +270,11 @@ def causal_role(
     """
     wanted = np.array([problem.answer for problem in problems])
     right = thoughts.answers.equal(wanted)[0]
-    paired = all(problem.twin is not None for problem in problems)
+    twin = twin_indices(problems)
+    paired = twin != np.arange(len(problems))
     n_steps = [len(problem.equations) for problem in problems]
     variants = [*mean_ablations(thoughts, sets, n_steps), *mean_ablations(thoughts, sets)]
-    if paired:
+    if paired.any():
         variants += twin_patches(problems, thoughts, sets)
     questions = [problem.question for problem in problems]
     found = answer(codi, questions, variants, batch_size=batch_size, cache=cache)
@@ -292,12 +282,11 @@ def causal_role(
     role = CausalRole(*(np.full(shape_, np.nan) for _ in CausalRole._fields))
     lost = ~found.equal(wanted)
     role.lost[:, right], role.lost_any[:, right] = lost[:n, right], lost[n : 2 * n, right]
-    if paired:
-        twin = twin_indices(problems)
+    if paired.any():
         carried = np.array(
             [carried_answer(problem, problems[i]) for problem, i in zip(problems, twin, strict=True)]
         )
-        both = right & right[twin]
+        both = paired & right & right[twin]
         for effect, expected in zip(role, (wanted[twin], carried, wanted), strict=False):
             told = both & np.isfinite(expected)
             effect[:, told] = found.equal(expected)[2 * n :, told]
@@ -500,7 +489,7 @@ def _write(
     read = torch.tensor([behind] * n_rows, device=codi.model.device)
     for step in range(min(max_answer, room)):
         out = module(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = out.logits[:, -1].float()
+        logits = known_logits(out.logits[:, -1].float(), codi.model)
         logits[:, [codi.bot, codi.eot]] = -torch.inf  # answers are text
         chosen = logits.argmax(-1)
         written = chosen.cpu().numpy()
@@ -630,3 +619,5 @@ def _check_variant(codi: CodiModel, variant: Variant, n_problems: int) -> None:
             f"variant {variant.name!r}: values must be [{n_problems} or 1, {max(variant.replaced) + 1} or "
             f"more, {d_model}], not {got}"
         )
+    if not np.isfinite(variant.values[:, list(variant.replaced)]).all():
+        raise ValueError(f"variant {variant.name!r}: a value is NaN or infinite")

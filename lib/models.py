@@ -84,7 +84,6 @@ def load(
     dtype: str = "float32",
     revision: str | None = None,
     remote: bool = False,
-    trust_remote_code: bool = False,
 ) -> TransformersModel:
     """Load a causal language model and check what arrived.
 
@@ -99,7 +98,6 @@ def load(
         remote: leave the weights on NDIF and run every trace there, under the key in NDIF_API_KEY; the model
             is a `lib.remote.RemoteModel`. Hub ids only, without the pinned revision: NDIF serves the main
             branch.
-        trust_remote_code: run code that comes with the checkpoint. Off unless the user says so.
 
     Returns:
         An nnsight model in eval mode without gradients. `provenance(model)` tells where it came from.
@@ -112,7 +110,7 @@ def load(
     if remote:
         from lib import remote as ndif  # registers this package with nnsight, which no local run needs
 
-        return ndif.load(model_id, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        return ndif.load(model_id, dtype=dtype, revision=revision)
     torch_dtype = float_dtype(dtype)
     placement = _placement(device)
     embedded = model_id.startswith("organism/")
@@ -122,7 +120,7 @@ def load(
     revision = (revision or None) if embedded else revision_of(model_id, revision)
     source = str(folder) if folder.is_dir() else model_id
     # An organism's revision is a checkpoint file inside its folder, not a git revision.
-    options = {"trust_remote_code": trust_remote_code, "revision": None if embedded else revision}
+    options = {"trust_remote_code": False, "revision": None if embedded else revision}
     # A local folder never needs the network, not even for a look whether a file is newer.
     options["local_files_only"] = folder.is_dir()
 

@@ -38,35 +38,37 @@ def use_house_style() -> None:
 
     In a notebook, figures are twice as fine as a page of 700 px, for screens of high resolution.
     """
-    mpl.rcParams.update({
-        "figure.figsize": (PAGE, 3.2),
-        "figure.dpi": 100,
-        "figure.constrained_layout.use": True,
-        "figure.facecolor": "white",
-        "axes.facecolor": "white",
-        "savefig.facecolor": "white",
-        "savefig.transparent": False,
-        "savefig.dpi": 200,
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same figure everywhere
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelsize": 9,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-        "legend.fontsize": 8,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": mpl.cycler(color=[BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK]),
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4.5,
-        "image.cmap": SEQUENTIAL,
-        "svg.hashsalt": "latent-geometry",
-        "svg.fonttype": "path",
-    })
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (PAGE, 3.2),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "axes.facecolor": "white",
+            "savefig.facecolor": "white",
+            "savefig.transparent": False,
+            "savefig.dpi": 200,
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same figure everywhere
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": mpl.cycler(color=[BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK]),
+            "lines.linewidth": 1.6,
+            "lines.markersize": 4.5,
+            "image.cmap": SEQUENTIAL,
+            "svg.hashsalt": "latent-geometry",
+            "svg.fonttype": "path",
+        }
+    )
     if kernel.is_running():
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -109,8 +111,18 @@ def draw_graph(
         values, limit = np.asarray(values), np.abs(values).max() if limit is None else limit
         negative = values < -1e-6 * limit  # what is 0 but for rounding has no sign
         for marker, size, part in (("o", 90, seen & ~negative), ("s", 74, seen & negative)):
-            ax.scatter(*positions[part].T, s=size, marker=marker, c=values[part], cmap=DIVERGING,
-                       vmin=-limit, vmax=limit, edgecolors="0.3", linewidths=0.6, zorder=2)
+            ax.scatter(
+                *positions[part].T,
+                s=size,
+                marker=marker,
+                c=values[part],
+                cmap=DIVERGING,
+                vmin=-limit,
+                vmax=limit,
+                edgecolors="0.3",
+                linewidths=0.6,
+                zorder=2,
+            )
     # One scale for both axes in a square frame, so that panels side by side are of one size.
     low, high = positions[seen].min(axis=0), positions[seen].max(axis=0)
     centre, half = (low + high) / 2, 0.65 * (high - low).max()
@@ -166,8 +178,13 @@ def draw_ranges(
 
 
 def draw_bands(
-    ax: Axes, x: np.ndarray, bands: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
-    colours: Sequence[str], *, marker: str = "", levels: Mapping[str, float] | None = None,
+    ax: Axes,
+    x: np.ndarray,
+    bands: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    colours: Sequence[str],
+    *,
+    marker: str = "",
+    levels: Mapping[str, float] | None = None,
 ) -> Axes:
     """Several lines with bands: label -> (middle, low, high), labelled at their right ends without overlap.
 
@@ -240,8 +257,17 @@ def draw_level(
     ax.axhline(y, color=colour, linewidth=1.0, linestyle=":", zorder=0, label=key)
     x, shift = (1, -2) if side == "right" else (0, 4)
     if label:
-        ax.annotate(label, (x, y), xycoords=("axes fraction", "data"), xytext=(shift, 2), ha=side,
-                    va="bottom", textcoords="offset points", fontsize=7.5, color=colour)
+        ax.annotate(
+            label,
+            (x, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(shift, 2),
+            ha=side,
+            va="bottom",
+            textcoords="offset points",
+            fontsize=7.5,
+            color=colour,
+        )
     return ax
 
 
@@ -261,8 +287,18 @@ def label_ends(ax: Axes, x: float, ends: Mapping[str, tuple[float, str]], *, gap
     low, high = ax.get_ylim()
     heights = spread(np.array([y for y, _ in ends.values()]), gap * (high - low))
     for (name, (_, colour)), height in zip(ends.items(), heights, strict=True):
-        ax.annotate(name, (x, height), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8,
-                    color=colour, annotation_clip=False, linespacing=0.9, bbox=_PAPER)
+        ax.annotate(
+            name,
+            (x, height),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colour,
+            annotation_clip=False,
+            linespacing=0.9,
+            bbox=_PAPER,
+        )
     return ax
 
 
@@ -370,8 +406,15 @@ def label_cells(image: AxesImage, *, least: float = 0.0) -> AxesImage:
     for row, column in zip(*np.nonzero(np.abs(values) >= least), strict=True):
         value = values[row, column]
         text = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
-        image.axes.text(column, row, text.replace("-", "\N{MINUS SIGN}"), ha="center", va="center",
-                        fontsize=7, color="black" if shades[row, column] > 0.5 else "white")
+        image.axes.text(
+            column,
+            row,
+            text.replace("-", "\N{MINUS SIGN}"),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="black" if shades[row, column] > 0.5 else "white",
+        )
     return image
 
 
@@ -410,8 +453,15 @@ def draw_distributions(
     for row, sample in enumerate(values.values()):
         heights, _ = np.histogram(np.clip(sample, low, high), bins, density=True)
         base = -1.0 * row
-        ax.fill_between((bins[1:] + bins[:-1]) / 2, base, base + 0.8 * heights / heights.max(),
-                        color=(VERMILLION, BLUE, GREY)[row % 3], alpha=0.6, linewidth=0, step="mid")
+        ax.fill_between(
+            (bins[1:] + bins[:-1]) / 2,
+            base,
+            base + 0.8 * heights / heights.max(),
+            color=(VERMILLION, BLUE, GREY)[row % 3],
+            alpha=0.6,
+            linewidth=0,
+            step="mid",
+        )
         ax.plot([np.mean(sample)] * 2, [base, base + 0.85], color=BLACK, linewidth=1.4)
     ax.set(yticks=[0.35 - row for row in range(len(values))], yticklabels=values, xlim=(low, high))
     ax.tick_params(axis="y", length=0)

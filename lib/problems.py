@@ -243,17 +243,9 @@ def twins(problem: Problem, other: Problem) -> bool:
 
 
 def twin_indices(problems: Sequence[Problem]) -> np.ndarray:
-    """Index of every problem's twin, int [problem].
-
-    Raises:
-        ValueError: a problem without twin, or whose twin is not among these problems.
-    """
+    """Index of every problem's twin, int [problem]; its own where the twin is not among these problems."""
     place = {problem.id: i for i, problem in enumerate(problems)}
-    for problem in problems:
-        if problem.twin not in place:
-            why = "no twin" if problem.twin is None else f"its twin {problem.twin!r} not among these problems"
-            raise ValueError(f"problem {problem.id!r} has {why}; choose problems in pairs of twins")
-    return np.array([place[problem.twin] for problem in problems], dtype=int)
+    return np.array([place.get(problem.twin, i) for i, problem in enumerate(problems)], dtype=int)
 
 
 def pair_means(problems: Sequence[Problem], values: np.ndarray) -> np.ndarray:
@@ -262,8 +254,7 @@ def pair_means(problems: Sequence[Problem], values: np.ndarray) -> np.ndarray:
     Twins share their text, and what is true of one tends to be true of the other: pairs are what a bootstrap
     draws. A problem whose twin is not among these is a pair by itself.
     """
-    place = {problem.id: i for i, problem in enumerate(problems)}
-    first = [min(i, place.get(problem.twin, i)) for i, problem in enumerate(problems)]
+    first = np.minimum(twin_indices(problems), np.arange(len(problems)))
     order = {i: pair for pair, i in enumerate(dict.fromkeys(first))}
     members = np.full((len(order), 2), -1)  # problems of each pair
     for i, of in enumerate(first):

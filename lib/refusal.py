@@ -164,22 +164,20 @@ def select_layers(
     kl: np.ndarray,
     *,
     n_layers: int,
-    induction: np.ndarray | None = None,
     max_kl: float = MAX_KL,
     max_depth: float = MAX_DEPTH,
 ) -> list[int]:
     """Layers whose direction may be ablated, the best one first.
 
     The score is Refusal (2026)'s: compliance x coherence, multiplied for each answer and then averaged.
-    Kept of Arditi et al. (2024) are the filters: KL on harmless prompts <= .1, layer < .8 L, and with
-    `induction` a score >= 0. Left out is their score, the log-odds of refusing after ablation, and their
-    search over the positions of the template: streams are read at its last token.
+    Kept of Arditi et al. (2024) are two filters: KL on harmless prompts <= .1, and layer < .8 L. Left out are
+    their score, the log-odds of refusing after ablation, their filter by refusal of harmless prompts once the
+    direction is added, and their search over positions: streams are read at the template's last token.
 
     Args:
         compliance, coherence: of answers under ablation of layer l's direction, 0 to 1 [layer, prompt].
         kl: on harmless prompts under that ablation, in nats [layer] or [layer, prompt].
         n_layers: L, of the model.
-        induction: log-odds of refusing harmless prompts once the direction is added [layer]; None skips it.
 
     Returns:
         Layers, none of which need be left. A grade that the judge did not give (NaN) is left out, and a layer
@@ -195,8 +193,6 @@ def select_layers(
     score = product.mean(-1).filled(np.nan)
     allowed = np.isfinite(score) & (kl.reshape(len(kl), -1).mean(-1) <= max_kl)
     allowed &= np.arange(len(score)) < max_depth * n_layers
-    if induction is not None:
-        allowed &= np.asarray(induction) >= 0
     return [int(layer) for layer in np.argsort(-score, kind="stable") if allowed[layer]]
 
 

@@ -63,9 +63,7 @@ class RemoteModel(TransformersModel):
         return copyreg._reconstructor, (TransformersModel, object, None), self.__getstate__()
 
 
-def load(
-    model_id: str, *, dtype: str, revision: str | None = None, trust_remote_code: bool = False
-) -> RemoteModel:
+def load(model_id: str, *, dtype: str, revision: str | None = None) -> RemoteModel:
     """A model of the hub that NDIF runs; see `lib.models.load`.
 
     Args:
@@ -79,17 +77,15 @@ def load(
     if reason := why_not_remote(model_id):
         raise ModelError(reason)
     revision = revision or None
-    code = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         model = RemoteModel(
             model_id,
             task="text-generation",
-            tokenizer=AutoTokenizer.from_pretrained(model_id, revision=revision, **code),
+            tokenizer=AutoTokenizer.from_pretrained(model_id, revision=revision),
             revision=revision,
             rename=ALIASES,
             dtype=float_dtype(dtype),
             attn_implementation="sdpa",
-            **code,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

@@ -1,14 +1,17 @@
-"""Intervals and tests: paired bootstrap over the units that were sampled (walks, prompts), rates, several
-tests at once, agreement of two judges."""
+"""Intervals and tests: paired bootstrap over the units that were sampled (walks, prompts), rates, agreement
+of two judges."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
+
+MOST_UNDEFINED = 0.05  # share of resamples
 
 
 class Estimate(NamedTuple):
@@ -46,6 +49,8 @@ def resamples(
         strata: kind of each unit [n], of which the sample holds a fixed number: every resample holds as many.
             Units that are alone of their kind are drawn among one another.
     """
+    if n < 1:
+        raise ValueError("there is no unit to resample")
     rng = np.random.default_rng([seed, n])
     if strata is None:
         for _ in range(n_resamples):
@@ -72,15 +77,19 @@ def bootstrap(
     Args:
         statistic: takes unit indices (with repetitions) and returns a number or an array. NaN
             marks a resample in which it is not defined; such resamples are left out.
-        n: number of units.
+        n: number of units, at least one.
         n_resamples, level, seed: of the interval.
 
     Returns:
-        (value, low, high), each of the statistic's shape; value is the statistic of all units.
+        (value, low, high), each of the statistic's shape; value is the statistic of all units. The ends are
+        NaN where more than `MOST_UNDEFINED` of the resamples are undefined: what is left is no fair draw.
     """
     draws = np.stack([np.asarray(statistic(rows), dtype=float) for rows in resamples(n, n_resamples, seed)])
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(draws, [tail, 1 - tail], axis=0)
+    tail, undefined = (1 - level) / 2, np.isnan(draws)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all of them NaN
+        ends = np.nanquantile(draws, [tail, 1 - tail], axis=0)
+    low, high = np.where(undefined.mean(axis=0) > MOST_UNDEFINED, np.nan, ends)
     return np.asarray(statistic(np.arange(n)), dtype=float), low, high
 
 
@@ -168,21 +177,23 @@ def bootstrap_band(
     values = np.asarray(values, dtype=float)
     if bounds is not None and not ((values >= bounds[0]) & (values <= bounds[1])).all():
         raise ValueError(f"values from {values.min():.3g} to {values.max():.3g} are not within {bounds}")
-    n, tail, middle = len(values), (1 - level) / 2, values.mean(axis=0)
+    if not len(values):
+        raise ValueError("there is no unit to take a mean of")
+    n, tail, middle = len(values), (1 - level) / 2, values.sum(axis=0) / len(values)
 
     def quantiles(strata: Sequence[Hashable] | None) -> np.ndarray:
         # A resample's mean is a weighted mean, so all of them are one matrix product.
         drawn = resamples(n, n_resamples, seed, strata)
-        weights = np.stack([np.bincount(rows, minlength=n) for rows in drawn]) / n
-        return np.quantile(weights @ values, [tail, 1 - tail], axis=0)
+        counts = np.stack([np.bincount(rows, minlength=n) for rows in drawn])
+        return np.quantile(counts @ values / n, [tail, 1 - tail], axis=0)
 
     low, high = quantiles(strata)
     if strata is not None and (flat := high - low < 1e-12).any():
         low, high = np.where(flat, quantiles(None), (low, high))
-    if bounds is not None and n:
-        alike, most = np.ptp(values, axis=0) == 0, wilson(0, n, level=level).high
-        low = np.where(alike, middle - most * (middle - bounds[0]), low)
-        high = np.where(alike, middle + most * (bounds[1] - middle), high)
+    alike, most = np.ptp(values, axis=0) == 0, wilson(0, n, level=level).high
+    least, largest = bounds if bounds is not None else (middle, middle)
+    low = np.where(alike, middle - most * (middle - least), low)
+    high = np.where(alike, middle + most * (largest - middle), high)
     return Band(middle, low, high)
 
 
@@ -197,7 +208,7 @@ def paired_difference(
 
 
 def known_mean(values: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray | float:
-    """Mean of the values that are not NaN; NaN where none is."""
+    """Mean of the finite values; NaN where there is none."""
     mean = np.ma.masked_invalid(values).mean(axis)
     return float(mean) if np.ndim(mean) == 0 and mean is not np.ma.masked else np.ma.filled(mean, np.nan)
 
@@ -208,10 +219,11 @@ def derangement(groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
     Raises:
         ValueError: a group of one.
     """
-    labels, found = np.asarray(groups), np.arange(len(groups))
+    number = {label: i for i, label in enumerate(dict.fromkeys(groups))}
+    labels, found = np.array([number[label] for label in groups], dtype=int), np.arange(len(groups))
     rng = np.random.default_rng(seed)
-    for label in dict.fromkeys(groups):
-        members = np.flatnonzero(labels == label)
+    for label in number:
+        members = np.flatnonzero(labels == number[label])
         if len(members) < 2:
             raise ValueError(f"group {label!r} has one item, which no other can replace; take more items")
         cycle = rng.permutation(members)
@@ -231,18 +243,6 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return Estimate(rate, float(low), float(high))
-
-
-def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p-values [test]; calling those below alpha keeps any false alarm at alpha or rarer."""
-    p = np.asarray(p_values, dtype=float)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():  # NaN is neither
-        raise ValueError(f"p-values must be [test] within 0 and 1, not {p}")
-    order = np.argsort(p)
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1)
-    return adjusted
 
 
 class Agreement(NamedTuple):

@@ -52,13 +52,17 @@ class Graph:
         one_way = np.argwhere(adjacency & ~adjacency.T)
         if len(one_way):
             i, j = one_way[0]
-            raise ValueError(f"{self.name}: {self.labels[i]!r} -> {self.labels[j]!r} has no way back; "
-                             "adjacency must be symmetric")
+            raise ValueError(
+                f"{self.name}: {self.labels[i]!r} -> {self.labels[j]!r} has no way back; "
+                "adjacency must be symmetric"
+            )
         components = sorted(nx.connected_components(self._networkx), key=min)
         if len(components) > 1:
             parts = " | ".join(" ".join(self.labels[i] for i in sorted(part)) for part in components)
-            raise ValueError(f"{self.name} is disconnected, so no walk sees all of it; join its "
-                             f"{len(components)} components by an edge: {parts}")
+            raise ValueError(
+                f"{self.name} is disconnected, so no walk sees all of it; join its "
+                f"{len(components)} components by an edge: {parts}"
+            )
         # Cached properties depend on the arrays: a frozen graph stays as it was checked.
         adjacency.setflags(write=False)
         positions.setflags(write=False)
@@ -225,8 +229,9 @@ def rule_following_accuracy(word_probabilities: np.ndarray, walks: np.ndarray, g
     probabilities, walks = np.asarray(word_probabilities), np.asarray(walks)
     expected = (*walks.shape, graph.n_nodes)
     if probabilities.shape[-3:] != expected:
-        raise ValueError(f"word_probabilities must end in [walk, token, node] = {expected}, "
-                         f"not {probabilities.shape}")
+        raise ValueError(
+            f"word_probabilities must end in [walk, token, node] = {expected}, not {probabilities.shape}"
+        )
     return np.einsum("...wtn,wtn->...wt", probabilities, graph.adjacency[walks].astype(probabilities.dtype))
 
 
@@ -248,8 +253,10 @@ def _check_words(words: Sequence[str], n_nodes: int, name: str) -> None:
     if repeated:
         raise ValueError(f"{name}: each word may stand once; repeated: {' '.join(repeated)}")
     if words and len(words) != n_nodes:
-        raise ValueError(f"{name} has {n_nodes} nodes and {len(words)} words were given; "
-                         "give one word a node, or change the size")
+        raise ValueError(
+            f"{name} has {n_nodes} nodes and {len(words)} words were given; "
+            "give one word a node, or change the size"
+        )
 
 
 def _check_sizes(what: str, **sizes: tuple[int, int]) -> None:

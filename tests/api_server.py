@@ -29,8 +29,9 @@ class Reply:
             return json.dumps({"error": {"message": "on purpose"}}).encode()
         message = {"role": "assistant", "content": self.content}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
-        return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                           "choices": [choice]}).encode()
+        return json.dumps(
+            {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        ).encode()
 
 
 class ApiServer(ThreadingHTTPServer):

@@ -54,7 +54,9 @@ def complaints(folder: Path) -> list[str]:
 
 def leftovers(folder: Path) -> list[str]:
     """What a run that stopped must not leave: a record, or part of a figure."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]  # one that nobody holds
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
+    ]  # one that nobody holds
     figures = {path.stem for path in files}
     whole = {f"{figure}.{suffix}" for figure in figures for suffix in ("svg", "png", "npz")}
     names = {path.name for path in files}

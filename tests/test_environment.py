@@ -129,7 +129,9 @@ def test_ci_ends_with_the_closing_line_of_pytest(tmp_path, status):
     fake.write_text(f"#!/bin/sh\n[ $1 = test ] && echo '{closing}' && echo 'and more' && exit {status}\n")
     fake.chmod(0o755)
     run = subprocess.run(
-        [ROOT / ".ci" / "run"], capture_output=True, text=True,
+        [ROOT / ".ci" / "run"],
+        capture_output=True,
+        text=True,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert run.returncode == status

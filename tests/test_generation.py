@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from lib.generation import (
     chat_ids,
     end_tokens,
     first_token_kl,
+    first_token_log_probabilities,
     generate,
     intact,
     last_token_streams,
-    refusal_scores,
     remove_subspace,
 )
 from lib.models import ModelError, load, shape
@@ -246,18 +247,16 @@ def test_conditions_that_do_the_same_run_once(llama):
 
 
 def test_first_token_measures_equal_hooks(model):
-    tokens = [3, 17, 20]
     kl = first_token_kl(model, PROMPTS, CONDITIONS, batch_size=7)
-    scores = refusal_scores(model, PROMPTS, CONDITIONS, tokens, batch_size=7)
-    assert kl.shape == scores.shape == (len(CONDITIONS), len(PROMPTS))
+    known = first_token_log_probabilities(model, PROMPTS, CONDITIONS, batch_size=7)
+    assert kl.shape == known.shape[:2] == (len(CONDITIONS), len(PROMPTS))
     for c, condition in enumerate(CONDITIONS):
         for j, prompt in enumerate(PROMPTS):
             before = hooked_log_probabilities(model, prompt, CONDITIONS[0])
             after = hooked_log_probabilities(model, prompt, condition)
             divergence = (before.exp() * (before - after)).sum()
             assert kl[c, j] == pytest.approx(float(divergence), rel=1e-3, abs=1e-5)
-            share = after.exp()[tokens].sum()
-            assert scores[c, j] == pytest.approx(float(torch.log(share) - torch.log1p(-share)), abs=1e-3)
+            np.testing.assert_allclose(known[c, j], after.numpy(), atol=1e-3)
     assert (kl[0] < 1e-6).all() and (kl[1:].max(1) > 1e-3).all()
 
 
@@ -266,7 +265,7 @@ def test_affine_removal_leaves_the_center_in_the_stream(model):
     hooks_at = [*(block._module for block in model.layers), model.norm._module]
     handles = [part.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for part in hooks_at]
     try:
-        refusal_scores(model, PROMPTS, [Ablation("affine", basis, center=center)], [3])
+        first_token_log_probabilities(model, PROMPTS, [Ablation("affine", basis, center=center)])
     finally:
         for handle in handles:
             handle.remove()
@@ -362,7 +361,6 @@ def test_cached_results_are_the_same_and_run_nothing(llama, tmp_path):
         return (
             generate(llama, prompts, conditions, max_new_tokens=new, batch_size=16, cache=cache),
             first_token_kl(llama, prompts, conditions, batch_size=16, cache=cache).tolist(),
-            refusal_scores(llama, prompts, conditions, [3, 4], batch_size=16, cache=cache).tolist(),
         )
 
     first = everything()
@@ -379,9 +377,6 @@ def test_cached_results_are_the_same_and_run_nothing(llama, tmp_path):
         assert rows != []
         rows.clear()
         generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW + 1, batch_size=16, cache=cache)
-        assert rows != []
-        rows.clear()
-        refusal_scores(llama, PROMPTS, CONDITIONS, [3, 5], batch_size=16, cache=cache)
         assert rows != []
 
 
@@ -562,9 +557,22 @@ def test_prompts_that_do_not_fit_are_named(llama):
 def test_other_mistakes_are_named(llama):
     with pytest.raises(ValueError, match="padding 'rihgt' is not one of left, right, left-unmasked, none"):
         last_token_streams(llama, PROMPTS, padding="rihgt")
-    for tokens in ([], [VOCABULARY], [-1]):
-        with pytest.raises(ValueError, match="must be one or more of 40 tokens"):
-            refusal_scores(llama, PROMPTS, CONDITIONS[:1], tokens)
+    with pytest.raises(ValueError, match="there are no conditions"):
+        generate(llama, PROMPTS, [], max_new_tokens=1)
+    for name, edit in {"basis": {"basis": random_basis(1)}, "center": {"center": vector(4, 1.0)},
+                       "shift": {"shift": (1, vector(4, 1.0))}}.items():  # fmt: skip
+        bad = Ablation("overflown", **{"basis": random_basis(1)} | edit)
+        (bad.shift[1] if name == "shift" else getattr(bad, name)).view(-1)[3] = torch.nan
+        with pytest.raises(ValueError, match=f"'overflown': {name} is NaN or infinite"):
+            first_token_kl(llama, PROMPTS, [bad])
+
+
+def test_overflow_is_no_answer(llama):
+    along = torch.full((1, D), D**-0.5)
+    huge = Ablation("huge", along, strength=-5.0, shift=(0, torch.full((D,), 3e38)))
+    for measure in (first_token_kl, first_token_log_probabilities, partial(generate, max_new_tokens=3)):
+        with pytest.raises(ModelError, match="logits are NaN: activations overflowed in float32"):
+            measure(llama, PROMPTS, [huge])
 
 
 def test_batches_end_where_longer_prompts_begin_once_half_full(llama):

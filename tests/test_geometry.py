@@ -138,8 +138,9 @@ def test_pca_leaves_absent_words_out():
 def naive_energy(points, graph):
     seen = [i for i in range(graph.n_nodes) if not np.isnan(points[i]).any()]
     mean = sum(points[i] for i in seen) / len(seen)
-    edges = sum(((points[i] - points[j]) ** 2).sum()
-                for i, j in combinations(seen, 2) if graph.adjacency[i, j])
+    edges = sum(
+        ((points[i] - points[j]) ** 2).sum() for i, j in combinations(seen, 2) if graph.adjacency[i, j]
+    )
     return edges / sum(((points[i] - mean) ** 2).sum() for i in seen)
 
 
@@ -201,9 +202,14 @@ def test_neighbour_separation_of_grid_checkerboard_and_no_structure():
 def test_shuffled_null_is_exact_for_noise_and_finds_a_planted_grid():
     null = shuffled_label_null(dirichlet_energy, GRID.positions, GRID, n=499, seed=0)
     assert permutation_p_value(dirichlet_energy(GRID.positions, GRID), null, "lower") == 1 / 500
-    p = [permutation_p_value(dirichlet_energy(cloud(seed=s), GRID),
-                             shuffled_label_null(dirichlet_energy, cloud(seed=s), GRID, 99, seed=s), "lower")
-         for s in range(200)]
+    p = [
+        permutation_p_value(
+            dirichlet_energy(cloud(seed=s), GRID),
+            shuffled_label_null(dirichlet_energy, cloud(seed=s), GRID, 99, seed=s),
+            "lower",
+        )
+        for s in range(200)
+    ]
     assert 0.02 < np.mean(np.array(p) <= 0.1) < 0.19  # 10% within four standard errors
     assert permutation_p_value(2.0, np.array([1.0, 2.0, 3.0]), "upper") == 3 / 4
     with pytest.raises(ValueError, match="'lower' or 'upper', not 'less'"):
@@ -305,10 +311,12 @@ def test_mixing_equals_the_naive_step_repeated(graph):
     expected = vectors = cloud(graph.n_nodes, 3)
     neighbours = nx.from_numpy_array(graph.adjacency)
     for _ in range(3):
-        expected = np.array([
-            0.5 * expected[i] + np.mean([expected[j] for j in neighbours[i]], axis=0)
-            for i in range(graph.n_nodes)
-        ])
+        expected = np.array(
+            [
+                0.5 * expected[i] + np.mean([expected[j] for j in neighbours[i]], axis=0)
+                for i in range(graph.n_nodes)
+            ]
+        )
     assert np.allclose(mixing_matrix(graph, 0.5, steps=3) @ vectors, expected)
 
 

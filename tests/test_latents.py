@@ -132,8 +132,9 @@ def test_twin_patches_equal_a_plain_loop(codi, problems, questions):
     assert patched.texts[3] != answer(codi, asked, early_stops(codi)[-1:], max_answer=8).texts[0]
     own = answer(codi, asked, [Variant("own", None, tuple(range(N)), both.z)], max_answer=8)
     assert own.texts[0] == both.answers.texts[0]  # and one's own thoughts do not
-    with pytest.raises(ValueError, match="problem 'a' has no twin"):
-        twin_patches(problems, think(codi, questions), sets)
+    of_all = think(codi, questions, max_answer=8)
+    [alone] = twin_patches(problems[:2], of_all, [(0,)])  # a has no twin, and that of b is not among them
+    np.testing.assert_array_equal(alone.values, of_all.z[:2])
 
 
 def test_mean_ablations_equal_a_plain_loop(codi, questions, thoughts):
@@ -186,15 +187,9 @@ def test_batches_halve_when_memory_runs_out(codi, questions, thoughts, monkeypat
 
 
 def test_both_published_ways_of_counting():
-    odd_tokens = [ThoughtIndex.from_neverix(token) for token in (1, 3, 5)]
-    even_steps = [ThoughtIndex.from_goyal(step) for step in (2, 4, 6)]
-    assert [index.k for index in odd_tokens] == [0, 2, 4]
-    assert [index.k for index in even_steps] == [2, 4, 6]
     assert str(ThoughtIndex(2)) == "z_2 (neverix: odd token 3; Goyal: even step 2)"
     assert str(ThoughtIndex(0)) == "z_0 (neverix: odd token 1; Goyal: before step 1)"
     assert str(ThoughtIndex(1)) == "z_1 (neverix: even token 2; Goyal: odd step 1)"
-    for k in range(7):
-        assert ThoughtIndex.from_neverix(int(ThoughtIndex(k).neverix.split()[-1])).k == k
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -282,6 +277,26 @@ def test_causal_role_is_that_of_the_patches_and_ablations(codi, problems, questi
     np.testing.assert_array_equal(role.kept, patched == said.values)
     expected = [carried_answer(own[0], own[1]), carried_answer(own[1], own[0])]
     np.testing.assert_array_equal(role.carried, patched == expected)
+
+
+def test_a_problem_without_twin_leaves_the_others_theirs(codi, problems, questions, thoughts):
+    known = np.isfinite(thoughts.values)
+    own = [replace(problem, answer=value) for problem, value in zip(problems, thoughts.values, strict=True)]
+    role = causal_role(codi, own, thoughts, [(0,), (1, 3)])
+    paired = np.array([bool(problem.twin) for problem in problems])
+    assert 0 < paired.sum() < len(problems) and known.all()
+    assert np.isnan(role.twin[:, ~paired]).all() and np.isfinite(role.lost).all()
+    twins = [problem for problem in own if problem.twin]
+    said = think(codi, [problem.question for problem in twins])
+    np.testing.assert_array_equal(role.kept[:, paired], causal_role(codi, twins, said, [(0,), (1, 3)]).kept)
+
+
+def test_values_that_are_not_finite_are_refused(codi, questions, thoughts):
+    values = thoughts.z.copy()
+    values[1, 2, 3] = np.nan
+    with pytest.raises(ValueError, match="'damaged': a value is NaN or infinite"):
+        answer(codi, questions, [Variant("damaged", None, (2,), values)])
+    answer(codi, questions, [Variant("elsewhere", None, (1,), values)], max_answer=1)
 
 
 def test_means_are_of_problems_with_as_many_steps(codi, questions, thoughts):

@@ -31,13 +31,21 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 SMALL = {
     "00_start_here": {},
     "01_induction_ablation": {
-        "seq_len": 160, "window": 60, "n_walks": 4, "k_values": [1, 2], "n_random_sets": 2,
+        "seq_len": 160,
+        "window": 60,
+        "n_walks": 4,
+        "k_values": [1, 2],
+        "n_random_sets": 2,
         "n_bootstrap": 100,
     },
     "02_neighbor_mixing": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
     "03_refusal_low_rank": {
-        "compare_with": ["organism/refusal-planted-1"], "n_prompts": 16, "k_values": [1, 2],
-        "strengths": [0.5, 1.0], "n_random": 1, "n_bootstrap": 100,
+        "compare_with": ["organism/refusal-planted-1"],
+        "n_prompts": 16,
+        "k_values": [1, 2],
+        "strengths": [0.5, 1.0],
+        "n_random": 1,
+        "n_bootstrap": 100,
     },
     "04_codi_attention": {"compare_with": ["organism/codi-results"], "n_problems": 60, "n_bootstrap": 100},
 }
@@ -47,8 +55,17 @@ AWAY_FROM_THE_PUBLISHED = {"02_neighbor_mixing": {"toy-before": "not tested", "t
 
 # Calls that a cell may end with and show nothing.
 SILENT = {
-    "figure", "page", "claim", "metric", "model", "use_house_style",
-    "append", "extend", "update", "seed", "manual_seed",
+    "figure",
+    "page",
+    "claim",
+    "metric",
+    "model",
+    "use_house_style",
+    "append",
+    "extend",
+    "update",
+    "seed",
+    "manual_seed",
 }
 SPEAKING = {"print", "display", "show"}
 
@@ -198,7 +215,8 @@ def misshapen(notebook) -> list[str]:
     sizes = [len([line for line in cell.source.splitlines() if line.strip()]) for cell in cells]
     prose = [
         previous.cell_type == "markdown"
-        for previous, cell in zip(notebook.cells, notebook.cells[1:], strict=False) if cell in cells[2:]
+        for previous, cell in zip(notebook.cells, notebook.cells[1:], strict=False)
+        if cell in cells[2:]
     ]
     first = ast.parse(cells[0].source).body
     parameters = {node.target.id for node in first if isinstance(node, ast.AnnAssign)}
@@ -217,8 +235,11 @@ def misshapen(notebook) -> list[str]:
     if "study.close()" not in cells[-1].source:
         found.append("its last code cell does not close the record")
     for number, cell in enumerate(cells[1:], start=2):
-        stored = {n.id for n in ast.walk(ast.parse(cell.source))
-                  if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        stored = {
+            n.id
+            for n in ast.walk(ast.parse(cell.source))
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
         if taken := stored & parameters:
             found.append(f"code cell {number} assigns {min(taken)}: its setup can not be run again")
         if ".figure(" in cell.source and not cell.source.rstrip().endswith("plt.show()"):
@@ -231,7 +252,8 @@ def disagreements(path: Path, schema) -> list[str]:
     source = code_cells(read(path))[0].source
     found = [
         f"not a line `name: type = default  # help`: {line}"
-        for line in source.splitlines() if not re.fullmatch(r"\w+: [\w\[\]]+ = [^#]+  # \S.+", line)
+        for line in source.splitlines()
+        if not re.fullmatch(r"\w+: [\w\[\]]+ = [^#]+  # \S.+", line)
     ]
     fields = schema.model_fields
     seen = papermill.inspect_notebook(str(path))
@@ -295,10 +317,14 @@ def stored(*sources: str, outputs=(), counts=None):
         (stored("x = 1", "x"), "code cell 2 should have output and has none"),
         (stored("x = 1", "x = 2", counts=[1, 3]), "code cell 2 has execution count 3"),
         (stored("x = 1", counts=[None]), "code cell 1 has execution count None"),
-        (stored("1 / 0", outputs=[nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="")]),
-         "code cell 1 stores an error: ZeroDivisionError"),
-        (stored("f()", outputs=[nbformat.v4.new_output("stream", name="stderr", text="warning")]),
-         "code cell 1 stores stderr: 'warning'"),
+        (
+            stored("1 / 0", outputs=[nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="")]),
+            "code cell 1 stores an error: ZeroDivisionError",
+        ),
+        (
+            stored("f()", outputs=[nbformat.v4.new_output("stream", name="stderr", text="warning")]),
+            "code cell 1 stores stderr: 'warning'",
+        ),
     ],
 )
 def test_notebook_that_was_not_stored_after_a_clean_run_is_caught(notebook, message):
@@ -337,7 +363,7 @@ def test_notebook_in_good_shape_passes():
     ],
 )
 def test_departure_from_the_shape_is_caught(place, instead, message):
-    [found] = misshapen(drafted([*GOOD[:place], instead, *GOOD[place + 1:]]))
+    [found] = misshapen(drafted([*GOOD[:place], instead, *GOOD[place + 1 :]]))
     assert message in found
 
 

@@ -259,6 +259,7 @@ def test_interrupted_training_ends_with_the_same_bits(small, monkeypatch, tmp_pa
 
     loss, steps = Stream.loss, []
     for stop in stops:
+
         def stopped(stream, model, step, stop=stop):
             steps.append(step)
             if step == stop:

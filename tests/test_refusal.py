@@ -208,7 +208,6 @@ def test_layers_are_selected_by_the_mean_of_products_among_those_that_spare_harm
     assert select_layers(compliance, coherence, kl, n_layers=6) == [4, 3, 0, 2]
     assert select_layers(compliance, coherence, kl, n_layers=5, max_kl=1) == [1, 3, 0, 2]
     assert select_layers(compliance, coherence, kl[:, None] * [2, 0], n_layers=5) == [3, 0, 2]
-    assert select_layers(compliance, coherence, kl, n_layers=5, induction=[1, 1, 1, -1, 1]) == [0, 2]
     assert select_layers(compliance, coherence, kl + 1, n_layers=5) == []
     compliance[3, 0], kl[0] = np.nan, np.nan
     assert select_layers(compliance, coherence, kl, n_layers=5) == [3, 2]

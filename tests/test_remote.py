@@ -117,7 +117,6 @@ TRACES = {
     "first_token_log_probabilities": lambda model: generation.first_token_log_probabilities(
         model, PROMPTS, ablations(model)
     ),
-    "refusal_scores": lambda model: generation.refusal_scores(model, PROMPTS, ablations(model), [4, 9]),
 }
 
 

@@ -16,7 +16,6 @@ from lib.statistics import (
     confusion,
     derangement,
     gwet_ac1,
-    holm,
     jackknife,
     known_mean,
     paired_difference,
@@ -68,8 +67,14 @@ def test_paired_difference_is_narrower_than_unpaired():
 
 
 def test_undefined_resamples_are_left_out_and_values_are_not():
-    value, low, high = bootstrap(lambda rows: np.nan if 0 not in rows else 1.0, 5, n_resamples=200)
+    value, low, high = bootstrap(lambda rows: np.nan if len({*rows}) == 1 else 1.0, 5, n_resamples=2000)
     assert (value, low, high) == (1, 1, 1)
+    ends = bootstrap(lambda rows: np.nan if 0 not in rows else 1.0, 5, n_resamples=200)[1:]
+    assert np.isnan(ends).all(), "of a third of the resamples nothing is known"
+    none = np.ones((0, 3))
+    for nobody in (lambda: bootstrap_mean([]), lambda: bootstrap(len, 0), lambda: bootstrap_band(none)):
+        with pytest.raises(ValueError, match="there is no unit"):
+            nobody()
     with pytest.raises(ValueError, match="1 of 3 values are not finite"):
         bootstrap_mean([1.0, np.nan, 2.0])
 
@@ -78,7 +83,7 @@ def test_estimate_prints_its_interval():
     assert f"{Estimate(0.5, 0.25, 0.75):.2f}" == "0.50 [0.25, 0.75]"
 
 
-# --- rates and several tests at once
+# --- rates
 
 
 @pytest.mark.parametrize("successes, n", [(0, 10), (3, 10), (10, 10), (16, 32), (499, 500), (1, 1)])
@@ -95,35 +100,6 @@ def test_wilson_agrees_with_scipy(successes, n, level):
 def test_wilson_of_no_rate(successes, n):
     with pytest.raises(ValueError, match="is no rate"):
         wilson(successes, n)
-
-
-def naive_holm(p_values):
-    """Step down: the i-th smallest counts (m - i) times, and none is smaller than one before it."""
-    m, adjusted, highest = len(p_values), [0.0] * len(p_values), 0.0
-    for i, index in enumerate(sorted(range(m), key=lambda j: p_values[j])):
-        highest = max(highest, min(1.0, (m - i) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
-
-
-def test_holm_agrees_with_a_naive_one_and_a_worked_example():
-    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    rng = np.random.default_rng(0)
-    for m in (1, 2, 9, 40):
-        p = rng.random(m) ** 3
-        np.testing.assert_allclose(holm(p), naive_holm(list(p)))
-    np.testing.assert_allclose(holm([0.02, 0.02, 0.9]), [0.06, 0.06, 0.9])
-    assert holm([]).shape == (0,)
-    for bad in ([0.1, np.nan], [0.1, 1.2], [[0.1]]):
-        with pytest.raises(ValueError, match="p-values must be"):
-            holm(bad)
-
-
-def test_holm_keeps_the_family_wise_error():
-    """Of 2000 families of ten true null hypotheses about 5% have a false alarm; uncorrected, 40% have."""
-    p = np.random.default_rng(1).random((2000, 10))
-    assert 0.03 < np.mean([(holm(family) < 0.05).any() for family in p]) < 0.07
-    assert (p < 0.05).any(axis=1).mean() > 0.3
 
 
 # --- agreement
@@ -219,6 +195,11 @@ def test_table_that_is_none():
     for table in ([[1, 2, 3], [4, 5, 6]], [1, 2], [[3]], [[1, -1], [0, 2]]):
         with pytest.raises(ValueError, match="a confusion table is"):
             cohen_kappa(table)
+
+
+def test_groups_of_a_derangement_may_be_any_keys():
+    groups = [("a", 1), ("b", 2), ("a", 1), ("b", 2)]
+    np.testing.assert_array_equal(derangement(groups), [2, 3, 0, 1])
 
 
 def test_derangement_stays_in_the_group_and_moves_everyone():

@@ -82,9 +82,16 @@ def build_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(SPECIAL) + len(language.WORDS), hidden_size=128, intermediate_size=384,
-            num_hidden_layers=N_LAYERS, num_attention_heads=4, max_position_embeddings=128,
-            tie_word_embeddings=False, bos_token_id=0, pad_token_id=1, eos_token_id=3,
+            vocab_size=len(SPECIAL) + len(language.WORDS),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            pad_token_id=1,
+            eos_token_id=3,
         )  # fmt: skip
     )
 

@@ -80,8 +80,16 @@ def mixing_explorer(graphs: Sequence[Graph], *, seed: int = 0) -> widgets.Box:
         graph, steps, self_weight, log2_d, rank_share, noise = (each.value for each in controls.values())
         d = 2**log2_d
         figure = Figure(figsize=(3.7, 3.7), layout="constrained")
-        draw_mixing(figure.add_subplot(), graph, d=d, self_weight=self_weight, steps=steps,
-                    rank=max(1, round(rank_share * d)), noise=noise, seed=seed)
+        draw_mixing(
+            figure.add_subplot(),
+            graph,
+            d=d,
+            self_weight=self_weight,
+            steps=steps,
+            rank=max(1, round(rank_share * d)),
+            noise=noise,
+            seed=seed,
+        )
         settings = (f"{name} {each.value:g}" for name, each in controls.items() if name != "graph")
         alt = f"The words of the {graph.name} in their PCA plane with its edges: {', '.join(settings)}."
         plane.value = picture(figure, alt)
