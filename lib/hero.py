@@ -18,7 +18,7 @@ from lib import plots
 from lib.geometry import dirichlet_energy
 from lib.parameters import schemas
 from lib.record import Metric, Record, RecordError, artifact_problem, figures_folder, read_record
-from lib.statistics import bootstrap_band
+from lib.statistics import Band, bootstrap_band
 
 _WAYS = {"categories": "means", "optimised": "gradient"}
 STUDIES = ("01_induction_ablation", "02_neighbor_mixing", "03_refusal_low_rank", "04_codi_attention")
@@ -46,7 +46,9 @@ def _induction(panel: SubFigure, study: Path) -> str:
     ks, kind = arrays["k"], record.parameters["ablation"]
     names = {"random": plots.GREY, "induction": plots.BLUE, "previous token": plots.VERMILLION}
     bands = {name: bootstrap_band(arrays[f"{kind}_{name.replace(' ', '_')}"]) for name in names}
+    bands["random"] = Band(*[bands["random"].middle] * 3)  # what differs is the draw of heads: each has a dot
     ax = panel.subplots()
+    ax.plot(np.arange(1, len(ks)), arrays["random_draws"], ".", color=plots.GREY, markersize=3)
     ax.set(ylim=(-0.05, 1), ylabel="accuracy", xlabel="heads ablated", xticks=range(len(ks)), xticklabels=ks)
     plots.draw_bands(ax, np.arange(len(ks)), bands, list(names.values()), marker="o")
     intact, *_, without = bands["induction"].middle
