@@ -23,11 +23,15 @@ from playwright.sync_api import Browser, Locator, Page, TimeoutError, expect
 from lib import ROOT
 
 SMALL = {
-    "01_induction_ablation": {"n_walks": 4, "k_values": [1, 2], "n_random_sets": 1, "n_bootstrap": 100},
+    "01_induction_ablation": {
+        "n_walks": 4, "k_values": [1, 2], "n_random_sets": 1, "n_layouts": 4, "n_bootstrap": 100,
+    },
     "02_neighbor_mixing": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
-    "03_refusal_low_rank": {"compare_with": [], "n_prompts": 12, "k_values": [1, 3], "n_random": 1},
+    "03_refusal_low_rank": {
+        "compare_with": [], "n_prompts": 12, "k_values": [1, 3], "n_random": 1, "n_draws": 4, "optimise_steps": 5,
+    },
     "04_codi_attention": {"compare_with": [], "answer_only": [], "n_problems": 60, "n_bootstrap": 100},
-}
+}  # fmt: skip
 WIDTH = 700  # px
 OWN_FOLDERS = (
     "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR",

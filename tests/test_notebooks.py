@@ -234,6 +234,10 @@ def misshapen(notebook) -> list[str]:
         found.append(f"only {sum(prose)} of {len(prose)} code cells follow prose")
     if "study.close()" not in cells[-1].source:
         found.append("its last code cell does not close the record")
+    for number, cell in enumerate(cells, start=1):
+        lines = cell.source.splitlines()
+        if twice := [a for a, b in zip(lines, lines[1:], strict=False) if a == b and a.strip()]:
+            found.append(f"code cell {number} says twice: {twice[0].strip()}")
     for number, cell in enumerate(cells[1:], start=2):
         stored = {
             n.id
@@ -354,8 +358,9 @@ def test_notebook_in_good_shape_passes():
     [
         (0, "title", "does not open with a title"),
         (1, PARAMETERS + " ", "not tagged"),
-        (2, "x = 1\n" * 6 + "study = Study(S, globals())", "no setup of at most 6 lines"),
-        (4, "x = 1\n" * 26, "at most 26"),
+        (2, "x = 1\ny = 1\n" * 3 + "study = Study(S, globals())", "no setup of at most 6 lines"),
+        (4, "x = 1\ny = 1\n" * 13, "at most 26"),
+        (4, "if x:\n    y += 1\n    y += 1", "code cell 3 says twice: y += 1"),
         (3, "y = 1", "only 1 of 3 code cells follow prose"),
         (4, "seq_len = 3", "code cell 3 assigns seq_len"),
         (4, "study.figure(fig, 'a')", "does not end with plt.show()"),

@@ -485,6 +485,15 @@ def test_support_of_the_rank_falls_where_a_mean_is_near_its_bound():
     assert 0.4 < support(79) < 0.7
 
 
+def test_support_of_the_rank_draws_harmless_prompts_too():
+    """Their mean KL stands just below the bound."""
+    kl, sure = np.where(np.arange(40) < 20, 0.0, 0.199)[None], np.ones((1, 40))
+    outcome = Outcome([], sure, sure, kl, sure, sure, [])
+    conditions = [Ablation("one", random_subspace(D, 1, seed=1))]
+    assert outcome.rank(conditions) == 1
+    assert 0.3 < outcome.rank_support(conditions, 400) < 0.8
+
+
 def test_support_of_the_rank_draws_within_strata():
     """Where each kind of request is all or nothing, no resample of as many of each can move the mean."""
     conditions = [Ablation("one", random_subspace(D, 1, seed=1))]
@@ -671,3 +680,11 @@ def test_nulls_of_geometry_mean_what_they_say(generator):
     assert ratio["random walk"] < ratio["iid"] and 3 < ratio["iid"] <= 4
     again = geometry_nulls(harmful, safe, range(1, 5), n=20, seed=0)
     assert again == nulls
+
+
+def test_random_walk_takes_steps_as_long_as_the_directions_own(generator):
+    """After one long step all that follows points its way; steps of equal length would turn."""
+    direction = torch.nn.functional.normalize(torch.randn(5, D, generator=generator), dim=-1)
+    vectors = (torch.tensor([1.0, 30.0, 1.0, 1.0, 1.0])[:, None] * direction).cumsum(0)
+    nulls = geometry_nulls(vectors.expand(7, -1, -1), torch.zeros(7, 5, D), range(1, 5), n=20, seed=0)
+    assert np.mean([draw.participation_ratio for draw in nulls["random walk"]]) < 1.05
