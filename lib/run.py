@@ -342,7 +342,9 @@ def _follow(process: subprocess.Popen, log: Path, progress: _Progress, deadline:
 def _stop(process: subprocess.Popen) -> None:
     """Stop papermill so that it takes its kernel with it; by force when it does not."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        # A script's background jobs ignore SIGINT; there papermill goes at once, and its kernel with it.
+        deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        process.send_signal(signal.SIGTERM if deaf else signal.SIGINT)
     try:
         process.wait(timeout=15)
     except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import nbformat
 import numpy as np
@@ -406,9 +407,12 @@ input(print("held", flush=True) or "")"""
     assert not list((tmp_path / "runs").glob("*.lock"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_run_that_is_stopped_takes_its_kernel_with_it(write_notebook, figures, tmp_path, name):
-    """As by a scheduler, by a terminal that closes, which signals all of its group, and by Ctrl-C."""
+@pytest.mark.parametrize(
+    ("name", "ignored"), [("SIGTERM", []), ("SIGHUP", []), ("SIGINT", []), ("SIGTERM", ["SIGINT", "SIGHUP"])]
+)
+def test_run_that_is_stopped_takes_its_kernel_with_it(write_notebook, figures, tmp_path, name, ignored):
+    """As by a scheduler, by a terminal that closes, which signals all of its group, by Ctrl-C, and by a
+    scheduler that started it in the background: there a process finds signals ignored."""
     mark = tmp_path / "still running"
     work = f"import time\nfor i in range(60):\n    time.sleep(0.25); open({str(mark)!r}, 'w').close()"
     write_notebook(work, FINISH)
@@ -417,6 +421,7 @@ def test_run_that_is_stopped_takes_its_kernel_with_it(write_notebook, figures, t
     process = subprocess.Popen(
         [sys.executable, "-c", start, tmp_path, "--study", "01"],
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(set_signals, ignored),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not mark.exists():
@@ -429,3 +434,8 @@ def test_run_that_is_stopped_takes_its_kernel_with_it(write_notebook, figures, t
     assert process.returncode == 1 and "interrupted; what is cached will not be computed again" in said[1]
     assert psutil.wait_procs(family, timeout=10)[1] == [], "the kernel goes on"
     assert not list(figures.rglob("record.json"))
+
+
+def set_signals(ignored: list[str]) -> None:
+    for name in ("SIGINT", "SIGHUP"):  # the tests themselves may run in the background
+        signal.signal(signal.Signals[name], signal.SIG_IGN if name in ignored else signal.SIG_DFL)
