@@ -74,6 +74,7 @@ def measured(work: Callable[[], Result], device: str = "cpu") -> tuple[Result, d
     """
     if device.startswith("cuda"):
         return _measured_on_cuda(work, device)
+    gc.collect()  # what went away during the work would hide as much of its memory
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far
     before, start = megabytes_of("VmRSS"), time.perf_counter()
     result = work()

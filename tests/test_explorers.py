@@ -141,7 +141,12 @@ class Notebook:
         self.explorer.evaluate(f"element => element.style.maxWidth = '{WIDTH}px'")
 
     def _run_all(self, first_prompt: Locator) -> None:
+        dialog, said = self.tab.locator(".jp-Dialog"), []
         for patience in (20_000, 60_000):  # ms; what is asked of a kernel that still connects may be dropped
+            while dialog.count():  # on a loaded machine JupyterLab may ask for a kernel: that of the notebook
+                said.append(dialog.first.inner_text())
+                dialog.first.locator(".jp-mod-accept").click(timeout=5_000)
+                expect(dialog).to_have_count(0)
             self.tab.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
             self.tab.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
             try:
@@ -149,7 +154,7 @@ class Notebook:
                 return
             except TimeoutError:
                 continue
-        raise AssertionError(f"no cell was run: {self.errors}")
+        raise AssertionError(f"no cell was run: {self.errors}; JupyterLab said {said}")
 
     @property
     def failures(self) -> Locator:
