@@ -121,6 +121,8 @@ class NotebookParameters(BaseModel):
         protected_namespaces=(),  # model_id is a name
     )
     study: ClassVar[str]
+    appendix: ClassVar[bool] = False  # a second reading: runs when asked for, in tests and to be stored
+    embedded: ClassVar[dict[str, Any]] = {}  # what `make run` passes, so that nothing has to be fetched
 
     out_dir: str = ""
     use_cache: bool = True
@@ -142,7 +144,7 @@ class StudyParameters(NotebookParameters):
     model_id: str = Field("organism/induction", min_length=1)
     revision: str = ""
     device: str = Field("cpu", min_length=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     remote: bool = False
     seed: Whole = Field(0, ge=0, lt=2**32)
 
