@@ -5,9 +5,9 @@
 #                 pages in a headless Chromium, which root on Debian gets by apt-get if there is none
 # make lab        open JupyterLab at notebook 00; as root, in a container: ARGS="--allow-root --ip 0.0.0.0"
 # make site       a site of README, stored notebooks and model cards, into build/site/
-# make notebooks  execute every study, store its output in notebooks/, draw the picture of README.md
+# make notebooks  execute every study, store its output in notebooks/
 # make organisms  train the embedded models again
-# make bench      time and memory of studies 1, 3 and 4 against the straightforward way, and as planned
+# make bench      time and memory of studies 1, 3 and 4 against the straightforward way
 # make sweep     the runs that sweeps/seeds.yaml names, or ARGS="--config sweep=FILE"; see sweeps/README.md
 # make lock       pin the newest versions that pyproject.toml allows
 # make clean      remove build/, caches and runs/, with your own runs in it (.venv stays)
@@ -42,7 +42,6 @@ site: $(STAMP)
 
 notebooks: $(STAMP)
 	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) --refresh
-	$(BIN)/python -m lib.hero
 
 organisms: $(STAMP)
 	for name in induction refusal-single refusal-lowrank refusal-planted-1 refusal-planted-2 refusal-planted-3 \
@@ -53,7 +52,6 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.induction_sweep
 	$(BIN)/python -m benchmarks.refusal_sweep
 	$(BIN)/python -m benchmarks.latents_memory
-	$(BIN)/python -m benchmarks.memory_plan --dtypes float32
 
 sweep: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[sweep]'

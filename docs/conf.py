@@ -76,8 +76,6 @@ def _read(app: Sphinx, docname: str, source: list[str]) -> None:
     elif docname.startswith("notebooks/"):
         notebook = json.loads(source[0])
         notebook["metadata"].pop("widgets", None)
-        # What fetches the repository for a notebook that stands alone tells a reader of the site nothing.
-        notebook["cells"] = [c for c in notebook["cells"] if "install" not in c["metadata"].get("tags", ())]
         section = ""
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":

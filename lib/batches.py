@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig
 
 from lib.models import TransformersModel, shape
 from lib.progress import counting
-from lib.rehearsal import activations
 
 Rows = TypeVar("Rows")  # whatever has a length and slices: a tensor, a list, a range
 Result = TypeVar("Result")
@@ -58,57 +57,23 @@ class Batches:
                     torch.cuda.empty_cache()
 
 
-def auto_batch_size(model: TransformersModel, length: int, attention: str = "sdpa") -> int:
-    """Rows a forward that suit the model and the memory of its device, see `rows_that_fit`.
-
-    Args:
-        model: from `lib.models.load`.
-        length: tokens of a row.
-        attention: implementation that the forward will have, "sdpa" or "eager".
-    """
-    parameter = next(model._module.parameters())
-    free = free_memory(parameter.device) if parameter.device.type == "cuda" else 0
-    return rows_that_fit(
-        model._module.config, parameter.dtype, parameter.device.type, free, length, attention=attention
-    )
-
-
-def rows_that_fit(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device: str,
-    free: int,
-    length: int,
-    *,
-    attention: str = "sdpa",
-) -> int:
-    """Rows a forward: on a GPU as many as fit, on a CPU those whose activations take 8 MB, on NDIF 2 GB.
+def auto_batch_size(model: TransformersModel, length: int) -> int:
+    """Rows to start with: those whose activations take a quarter of a GPU's free memory, on a CPU 8 MB, on
+    NDIF 2 GB; 64 at most.
 
     More rows make no forward faster on a CPU once there are some hundred tokens in it: they only leave
     its cache.
 
     Args:
-        config: of the model.
-        dtype: of its weights.
-        device: kind of device.
-        free: bytes of a GPU that are free beside the weights; a quarter of them is left for what a
-            measurement holds beside the activations, and for the gaps between them.
+        model: from `lib.models.load`.
         length: tokens of a row.
-        attention: implementation, "sdpa" or "eager".
 
     Returns:
-        A power of two, 64 at most: free memory that varies a little does not make other batches, which no
-        cache holds.
+        A power of two: free memory that varies a little does not make other batches, which no cache holds.
     """
-    sizes = [1 << i for i in reversed(range(7))]
-    if device == "cuda":
-        budget = free * 3 // 4
-        fits = (n for n in sizes if activations(config, dtype, n, length, attention) <= budget)
-    else:
-        row_bytes = length * _token_bytes(config, dtype)
-        budget = _ON_NDIF if device == "meta" else 2**23
-        fits = (n for n in sizes if n * row_bytes <= budget)
-    return next(fits, 1)
+    parameter = next(model._module.parameters())
+    row_bytes = length * _token_bytes(model._module.config, parameter.dtype)
+    return _rows(_budget(parameter.device, on_cpu=2**23, share=4) // row_bytes, most=64)
 
 
 def auto_rows(model: TransformersModel, length: int) -> int:
@@ -120,10 +85,19 @@ def auto_rows(model: TransformersModel, length: int) -> int:
     sizes, parameter = shape(model), next(model._module.parameters())
     kept = 4 * sizes.n_layers * sizes.n_key_value_heads * sizes.d_head
     row_bytes = length * _token_bytes(model._module.config, parameter.dtype, kept)
-    budget = _ON_NDIF if parameter.is_meta else 2**28
-    if parameter.device.type == "cuda":
-        budget = free_memory(parameter.device) // 2
-    return 1 << min(8, max(1, budget // row_bytes).bit_length() - 1)  # a power of two, as above
+    return _rows(_budget(parameter.device, on_cpu=2**28, share=2) // row_bytes, most=256)
+
+
+def _budget(device: torch.device, *, on_cpu: int, share: int) -> int:
+    """Bytes that a batch may take on a device; on a GPU this part of what is free."""
+    if device.type == "cuda":
+        return free_memory(device) // share
+    return _ON_NDIF if device.type == "meta" else on_cpu
+
+
+def _rows(fitting: int, most: int) -> int:
+    """The largest power of two that fits, at least 1."""
+    return 1 << max(1, min(most, fitting)).bit_length() - 1
 
 
 def free_memory(device: torch.device) -> int:

@@ -482,7 +482,7 @@ def ablation_sweep(
     return Sweep(tuple(conditions), probabilities[:n], sums[:n], _class_counts(labels, n_classes), work)
 
 
-# -- how a sweep is run; `lib.memory` rehearses it -------------------------------------------------
+# -- how a sweep is run ----------------------------------------------------------------------------
 
 
 def distinct_heads(

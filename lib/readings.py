@@ -343,7 +343,7 @@ def _read(
             "k": k,
         }
 
-    size = batch_size or auto_batch_size(codi.model, max(lengths), "eager")
+    size = batch_size or auto_batch_size(codi.model, max(lengths))
     found = over_batches(codi, "measure", list(range(len(problems))), lengths, size, run, key, cache)
     absent = at < 0
     stacked = {name: np.stack(found[name]) for name in ("mass", "z", "tokens", "probabilities")}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny
+from tiny import CONFIGS, save_tiny
 
 from lib.attention import attention_spectra, head_scores, second_copy_loss
 from lib.batches import Batches, auto_batch_size, auto_rows
@@ -117,14 +118,27 @@ def test_results_come_in_order_and_the_size_stays_halved():
     assert list(batches.map(run, [])) == []
 
 
-def test_more_memory_means_no_batch_beyond_64_and_at_least_one_row(model):
+ROW = 8 * 32 + 4 * 48  # values of a token: d_model, MLP
+
+
+def test_batches_on_a_cpu_are_of_8_mb_and_64_rows_at_most(model):
     sizes = [auto_batch_size(model, length) for length in (1, 50, 1000, 10**6)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 1
+    assert auto_batch_size(model, 1000) == 1 << (2**23 // (1000 * ROW * 4)).bit_length() - 1 == 4
+
+
+@pytest.mark.parametrize(("free", "rows"), [(0, 1), (10**6, 4), (10**7, 32), (10**9, 64)])
+def test_batches_on_a_gpu_take_a_quarter_of_its_free_memory(monkeypatch, free, rows):
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    module = SimpleNamespace(config=CONFIGS["llama"], parameters=lambda: iter([weight]))
+    monkeypatch.setattr("lib.batches.free_memory", lambda device: free)
+    assert auto_batch_size(SimpleNamespace(_module=module), 60) == rows
+    assert rows == 1 or rows * 60 * ROW * 2 <= free // 4
 
 
 def test_rows_of_answers_are_powers_of_two_and_256_at_most(model):
     sizes = [auto_rows(model, length) for length in (1, 100, 10_000, 1_000_000)]
     assert sizes[0] == 256 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
     assert all(size & (size - 1) == 0 for size in sizes)
-    row = 1000 * (8 * 32 + 4 * 48 + 4 * 3 * 2 * 8) * 4  # d_model, MLP, and three layers of two heads
+    row = 1000 * (ROW + 4 * 3 * 2 * 8) * 4  # and three layers of two heads
     assert auto_rows(model, 1000) == 1 << (2**28 // row).bit_length() - 1 < 256

@@ -207,11 +207,8 @@ def unexecuted(notebook) -> list[str]:
 
 
 def misshapen(notebook) -> list[str]:
-    """Departures from the shape of a notebook: parameters, setup, then short cells after prose.
-
-    The cell that fetches the repository, between parameters and setup, is that of lib.publish.
-    """
-    cells = [cell for cell in code_cells(notebook) if cell.metadata.get("tags") != ["install"]]
+    """Departures from the shape of a notebook: parameters, setup, then short cells after prose."""
+    cells = code_cells(notebook)
     sizes = [len([line for line in cell.source.splitlines() if line.strip()]) for cell in cells]
     prose = [
         previous.cell_type == "markdown"
