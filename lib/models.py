@@ -38,8 +38,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lib import ROOT, registry
-from lib.kernel import PlainError
+from lib import ROOT, registry, sources
+from lib.sources import ModelError
 
 ORGANISMS = ROOT / "data" / "organisms"
 
@@ -59,10 +59,6 @@ ALIASES = {
     "attention": "self_attn",
     "attention.dense": "attention.o_proj",
 }
-
-
-class ModelError(PlainError, ValueError):
-    """A model that cannot be loaded as asked; the message names culprit and remedy."""
 
 
 class ModelShape(NamedTuple):
@@ -113,11 +109,15 @@ def load(
         return ndif.load(model_id, dtype=dtype, revision=revision)
     torch_dtype = float_dtype(dtype)
     placement = _placement(device)
-    embedded = model_id.startswith("organism/")
-    folder = _organism_folder(model_id) if embedded else Path(model_id).expanduser()
+    embedded, registered = model_id.startswith("organism/"), registry.lookup(model_id)
     if embedded:
+        folder, revision = _organism_folder(model_id), revision or None
         _verify_manifest(model_id, folder)
-    revision = (revision or None) if embedded else revision_of(model_id, revision)
+    elif registered and registered.file and not Path(model_id).is_dir():
+        folder, revision = sources.obtain(registered), registered.revision
+    else:
+        folder = Path(model_id).expanduser()
+        revision = revision_of(model_id, revision)
     source = str(folder) if folder.is_dir() else model_id
     # An organism's revision is a checkpoint file inside its folder, not a git revision.
     options = {"trust_remote_code": False, "revision": None if embedded else revision}

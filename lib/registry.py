@@ -29,8 +29,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from lib import ROOT
-from lib.kernel import PlainError
+from lib import ROOT, sources
+from lib.sources import ModelError, WeightFile
 
 REGISTRY = ROOT / "data" / "models.yaml"
 PUBLISHED = ROOT / "data" / "published.json"
@@ -40,7 +40,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _HEAD_TIMEOUT = 10  # seconds for one request to the hub
 
 
-class RegistryError(PlainError, ValueError):
+class RegistryError(ModelError):
     """A model that is not registered, or whose weights can not be had; the message says what to do."""
 
 
@@ -70,6 +70,7 @@ class RegisteredModel(BaseModel):
     gated: bool
     licence: str
     weights: str = "*.safetensors"
+    file: WeightFile | None = None
     base: str = ""
     chat: str = ""
     obstacle: str = ""
@@ -92,7 +93,7 @@ class RegisteredModel(BaseModel):
                 f'nevertheless, leave MODEL out and pass ARGS="-p model_id {self.id}"'
             )
         of_study = self.studies[study]
-        found = {"model_id": self.id, "dtype": self.dtype, **of_study.parameters}
+        found = {"model_id": self.name if self.file else self.id, "dtype": self.dtype, **of_study.parameters}
         if of_study.depth_fraction:
             found["layer"] = round(of_study.depth_fraction * self.layers)
         return found
@@ -128,6 +129,11 @@ def find(name: str) -> RegisteredModel:
         f"no model {name!r} in data/models.yaml; {hint}There are {names}. For any other one, leave MODEL out "
         'and pass ARGS="-p model_id HUB_ID_OR_FOLDER"'
     )
+
+
+def lookup(name: str) -> RegisteredModel | None:
+    """A model by its exact name or hub id; None if there is none."""
+    return next((model for model in registry() if name in (model.name, model.id)), None)
 
 
 def pinned(model_id: str) -> str | None:
@@ -201,7 +207,9 @@ def missing_files(
 
 
 def missing(model: RegisteredModel) -> list[str]:
-    """`missing_files` of a model of the registry, at its revision."""
+    """`missing_files` of a model of the registry, at its revision; of one that is a file, that file."""
+    if model.file:
+        return [] if sources.is_ready(model.file) else [model.file.name]
     return missing_files(model.id, model.revision, weights=model.weights, base=model.base)
 
 
