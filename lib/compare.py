@@ -1,29 +1,31 @@
-"""What differs between two runs: `python -m lib.record compare A B`."""
+"""What differs between two runs: `python -m lib compare A B`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lib.claims import Claim, number, rule_text, with_interval
 from lib.record import Artifact, Metric, Record, RecordError, artifact_problem, read_record
 
-Interval = tuple[float, float] | None
+Apart = Callable[[str, Metric, Metric], bool]  # whether two numbers of that name differ
+
+# What another processor or dtype may change: any number, and an energy as a share of itself. In float32 the
+# embedded models leave the same digits but for the last ones.
+_TOLERANCE, _OF_ENERGY, _LAST_DIGITS = 0.02, 0.05, 1e-4
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0 when all results agree, 1 when one differs, 2 for a wrong request."""
     parser = argparse.ArgumentParser(
-        prog="python -m lib.record", description="Records of runs.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(title="commands", dest="command")
-    command = commands.add_parser(
-        "compare",
-        help="what differs between two runs",
+        prog="python -m lib compare",
+        allow_abbrev=False,
         description="Show what differs between two runs, and nothing that does not. Parameters, code, "
         "the notebook's cells, versions and models explain a difference. Claims, metrics and files are "
         "results: they differ when a verdict or a rule does, when neither value lies in the other's interval "
@@ -31,11 +33,15 @@ def main(argv: list[str] | None = None) -> int:
         epilog="Exit status: 0 when all results agree, 1 when one differs, 2 when a record can not be read.",
     )
     for name in ("a", "b"):
-        command.add_argument(name, metavar=name.upper(), help="record.json, its folder, or a folder of such")
+        parser.add_argument(name, metavar=name.upper(), help="record.json, its folder, or a folder of such")
+    parser.add_argument(
+        "--by-values",
+        action="store_true",
+        help="B may be of another processor or dtype than A: its values may lie beyond A's intervals "
+        f"by {_TOLERANCE}, energies by {100 * _OF_ENERGY:g}%%, and a verdict be another where A is as near to "
+        "its rule; of embedded models in float32 only the last digits may differ",
+    )
     options = parser.parse_args(argv)
-    if options.command is None:
-        parser.print_help()
-        return 2
     try:
         first, second = _records(Path(options.a)), _records(Path(options.b))
     except RecordError as error:
@@ -54,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             continue
         (path_a, a), (path_b, b) = first[study], second[study]
         explains = background(a, b)
-        found = results(a, b) | {"files": files(a, b, path_a, path_b)}
+        found = results(a, b, _measure(a, b) if options.by_values else beyond)
+        found["files"] = files(a, b, path_a, path_b)
         n = sum(map(len, found.values()))
         n_differences += n
         print(f"\n{study}: {_summary(a, b, found)}")
@@ -83,12 +90,18 @@ def background(a: Record, b: Record) -> dict[str, list[str]]:
     }
 
 
-def results(a: Record, b: Record) -> dict[str, list[str]]:
-    """Lines on claims and metrics that differ beyond their intervals, by kind, in order of their names."""
+def results(a: Record, b: Record, apart: Apart) -> dict[str, list[str]]:
+    """Lines on claims and metrics that differ, by kind, in order of their names.
+
+    Args:
+        a, b: two runs of a study.
+        apart: `beyond`, `beyond_tolerance` or `beyond_last_digits`.
+    """
     claims = [{claim.id: claim for claim in record.claims} for record in (a, b)]
+    metrics = [{name: (name, metric) for name, metric in record.metrics.items()} for record in (a, b)]
     return {
-        "claims": list(_pairs(*claims, _claim_difference)),
-        "metrics": list(_pairs(a.metrics, b.metrics, _metric_difference)),
+        "claims": list(_pairs(*claims, partial(_claim_difference, apart))),
+        "metrics": list(_pairs(*metrics, partial(_metric_difference, apart))),
     }
 
 
@@ -104,45 +117,90 @@ def files(a: Record, b: Record, path_a: Path, path_b: Path) -> list[str]:
     return list(_pairs(of_a, of_b, difference))
 
 
-def beyond(a: float | None, interval_a: Interval, b: float | None, interval_b: Interval) -> bool:
+def beyond(name: str, a: Metric, b: Metric) -> bool:
     """Whether two measurements differ: neither value lies in the other's interval, ends included.
 
     Where only one has an interval, that one decides. Where none has, they differ when they are not printed
     alike, with three digits; what is printed alike never differs. No value (None) differs from any value.
     """
-    if a is None or b is None:
-        return (a is None) != (b is None)
-    if number(a) == number(b):
+    if a.value is None or b.value is None:
+        return a.value != b.value
+    if number(a.value) == number(b.value):
         return False
-    return not (_within(a, interval_b) or _within(b, interval_a))
+    return not (_within(a.value, b) or _within(b.value, a))
 
 
-def _within(value: float, interval: Interval) -> bool:
-    return interval is not None and interval[0] <= value <= interval[1]
+def beyond_tolerance(name: str, a: Metric, b: Metric) -> bool:
+    """Whether B's value lies further from A's interval, or from its value, than by the tolerance."""
+    if a.value is None or b.value is None:
+        return a.value != b.value
+    low, high = a.interval or (a.value, a.value)
+    margin = _tolerance(name, a.value)
+    return not low - margin <= b.value <= high + margin
 
 
-def _claim_difference(a: Claim, b: Claim) -> str:
+def beyond_last_digits(name: str, a: Metric, b: Metric) -> bool:
+    """Whether value or interval differ by more than their last digits."""
+    if a.value is None or b.value is None or (a.interval is None) != (b.interval is None):
+        return (a.value, a.interval) != (b.value, b.interval)
+    numbers = zip((a.value, *(a.interval or ())), (b.value, *(b.interval or ())), strict=True)
+    return not all(math.isclose(x, y, rel_tol=_LAST_DIGITS, abs_tol=_LAST_DIGITS / 100) for x, y in numbers)
+
+
+def _measure(a: Record, b: Record) -> Apart:
+    """How runs on possibly different machines are compared."""
+    models = [*a.models, *b.models]
+    same = all(m["model_id"].startswith("organism/") and m["dtype"] == "float32" for m in models)
+    return beyond_last_digits if same else beyond_tolerance
+
+
+def _tolerance(name: str, value: float) -> float:
+    return max(_TOLERANCE, _OF_ENERGY * abs(value)) if "energy" in name.lower() else _TOLERANCE
+
+
+def _within(value: float, other: Metric) -> bool:
+    return other.interval is not None and other.interval[0] <= value <= other.interval[1]
+
+
+def _claim_difference(apart: Apart, a: Claim, b: Claim) -> str:
     said = []
     if a.rule != b.rule:
         said.append(f"rule {rule_text(a)} -> {rule_text(b)}")
     if a.unit != b.unit:
         said.append(f"unit {_text(a.unit)} -> {_text(b.unit)}")
-    if a.verdict != b.verdict:
+    if a.verdict != b.verdict and not (apart is beyond_tolerance and _near_its_rule(a)):
         said.append(f"{a.verdict} -> {b.verdict}")
-    if said or beyond(a.measured, a.interval, b.measured, b.interval):
-        values = [_value(claim.measured, claim.interval, claim.reason) for claim in (a, b)]
-        said.append(" -> ".join(values))
+    measured = [Metric(value=c.measured, interval=c.interval, reason=c.reason) for c in (a, b)]
+    if said or apart(_name(a), *measured):
+        said.append(" -> ".join(map(_value, measured)))
     return "; ".join(said)
 
 
-def _metric_difference(a: Metric, b: Metric) -> str:
-    if not beyond(a.value, a.interval, b.value, b.interval):
-        return ""
-    return f"{_value(a.value, a.interval, a.reason)} -> {_value(b.value, b.interval, b.reason)}"
+def _name(claim: Claim) -> str:
+    return f"{claim.id}: {claim.statement}"
 
 
-def _value(value: float | None, interval: Interval, reason: str) -> str:
-    return f"none ({reason})" if value is None else with_interval(value, interval)
+def _near_its_rule(claim: Claim) -> bool:
+    """Whether the verdict would be another one, were the interval moved by the tolerance.
+
+    By no more than half of the rule itself: one of a millionth is not met by a hundredth.
+    """
+    if claim.measured is None:
+        return False
+    most = _tolerance(_name(claim), claim.measured)
+    margins = {bound: min(most, abs(bound) / 2 or most) for bound in claim.rule if bound is not None}
+    ends = claim.interval or (claim.measured,)
+    return any(abs(end - bound) <= margin for bound, margin in margins.items() for end in ends)
+
+
+def _metric_difference(apart: Apart, a: tuple[str, Metric], b: tuple[str, Metric]) -> str:
+    return f"{_value(a[1])} -> {_value(b[1])}" if apart(*a, b[1]) else ""
+
+
+def _value(metric: Metric) -> str:
+    if metric.value is None:
+        return f"none ({metric.reason})"
+    return with_interval(metric.value, metric.interval)
 
 
 def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
@@ -194,3 +252,7 @@ def _summary(a: Record, b: Record, found: Mapping[str, list[str]]) -> str:
     if not counts:
         return "all results agree (" + ", ".join(f"{len(n)} {kind}" for kind, n in common.items()) + ")"
     return ", ".join(counts) + " differ"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

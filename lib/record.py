@@ -58,6 +58,7 @@ _PACKAGES = (
 )
 _CACHE_PACKAGES = _PACKAGES[:4]
 _PART = ".part"  # ends the name of a file that is being written
+STORED_FIGURES = ROOT / "figures"  # what `make notebooks` writes, and no other run
 
 
 class Metric(BaseModel):
@@ -119,7 +120,7 @@ class Study:
     Attributes:
         parameters: what arrived, checked.
         folder: where figures and record.json go: `out_dir` (a relative one is taken from the repository's
-            root, whatever the working directory), else FIGURES_DIR/STUDY, else figures/STUDY.
+            root, whatever the working directory), else FIGURES_DIR/STUDY, else runs/figures/STUDY.
         cache: results of earlier runs.
 
     Raises:
@@ -389,8 +390,11 @@ class Cache:
 
 
 def figures_folder() -> Path:
-    """Folder of all studies' figures and records: FIGURES_DIR, else figures; see `Study` on relative ones."""
-    return ROOT / Path(os.environ.get("FIGURES_DIR") or "figures").expanduser()
+    """Where a run writes figures and records, a folder a study: FIGURES_DIR, else runs/figures.
+
+    A relative one is taken from the repository's root.
+    """
+    return ROOT / Path(os.environ.get("FIGURES_DIR") or "runs/figures").expanduser()
 
 
 def record_paths(folder: str | Path | None = None) -> dict[str, Path]:
@@ -398,9 +402,9 @@ def record_paths(folder: str | Path | None = None) -> dict[str, Path]:
 
     Args:
         folder: holds STUDY/record.json; None for `figures_folder()`, and for a study without a record
-            there, the one that came with the repository.
+            there, the stored one of the repository.
     """
-    folders = [Path(folder)] if folder else [ROOT / "figures", figures_folder()]
+    folders = [Path(folder)] if folder else [STORED_FIGURES, figures_folder()]
     found = {path.parent.name: path for each in folders for path in each.glob("*/record.json")}
     return dict(sorted(found.items()))
 
@@ -642,9 +646,3 @@ def _peak_memory_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, kilobytes elsewhere
-
-
-if __name__ == "__main__":
-    from lib.compare import main
-
-    sys.exit(main())

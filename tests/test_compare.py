@@ -1,22 +1,21 @@
-"""What `python -m lib.record compare` says of two runs, against what was changed between them."""
+"""What `python -m lib compare` says of two runs, against what was changed between them."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lib import ROOT
 from lib.claims import Claim
-from lib.compare import beyond, main
+from lib.compare import beyond, beyond_last_digits, beyond_tolerance, main, results
 from lib.parameters import InductionAblation
-from lib.record import Study
+from lib.record import Metric, Record, Study
 
 SAME = "01_induction_ablation: all results agree (2 claims, 3 metrics, 3 files)"
 
@@ -40,7 +39,7 @@ def runs(tmp_path, figures) -> tuple[Path, Path]:
     study.metric("accuracy", 0.5, (0.4, 0.6))
     study.metric("exact", 1 / 3)
     study.metric("absent", None, reason="no pairs")
-    study.model({"model_id": "organism/induction", "revision": "ab"})
+    study.model({"model_id": "organism/induction", "revision": "ab", "dtype": "float32"})
     study.close()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     edit(tmp_path / "b", lambda record: record["parameters"].update(out_dir=str(tmp_path / "b")))
@@ -53,9 +52,9 @@ def edit(folder: Path, change) -> None:
     (folder / "record.json").write_text(json.dumps(record))
 
 
-def compare(capsys, *paths) -> tuple[int, list[str]]:
+def compare(capsys, *words) -> tuple[int, list[str]]:
     """Status, and what was said after the two paths."""
-    status = main(["compare", *map(str, paths)])
+    status = main(list(map(str, words)))
     return status, [line.strip() for line in capsys.readouterr().out.splitlines()[2:] if line.strip()]
 
 
@@ -157,9 +156,125 @@ def test_beyond_is_neither_value_in_the_others_interval():
         inside = False
         for value, interval in ((a, of_b), (b, of_a)):
             inside = inside or (interval is not None and not value < interval[0] and not value > interval[1])
-        assert beyond(a, of_a, b, of_b) == (not inside and f"{a:.3g}" != f"{b:.3g}")
-    assert beyond(None, None, 1.0, (0.0, 2.0)) and beyond(1.0, None, None, None)
-    assert not beyond(None, None, None, None)
+        expected = not inside and f"{a:.3g}" != f"{b:.3g}"
+        assert beyond("", Metric(value=a, interval=of_a), Metric(value=b, interval=of_b)) == expected
+
+
+@pytest.mark.parametrize("apart", [beyond, beyond_tolerance, beyond_last_digits])
+def test_no_value_differs_from_any(apart):
+    none, some = Metric(value=None, reason="no pairs"), Metric(value=1.0, interval=(0.0, 2.0))
+    assert apart("", none, some) and apart("", some, none)
+    assert not apart("", none, none) and not apart("", some, some)
+
+
+# --- by values
+
+
+@pytest.fixture
+def real_runs(runs):
+    """Two folders with the same run on a model that is not embedded."""
+    for run in runs:
+        edit(run, lambda r: r["models"][0].update(model_id="Qwen2.5-Coder-0.5B-Instruct", dtype="bfloat16"))
+    edit(runs[1], lambda r: r["models"][0].update(dtype="float32"))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "interval", "b", "differs"),
+    [
+        ("accuracy", 0.5, (0.4, 0.6), 0.615, False),
+        ("accuracy", 0.5, (0.4, 0.6), 0.375, True),
+        ("accuracy", 0.5, None, 0.515, False),
+        ("accuracy", 0.5, None, 0.475, True),
+        ("Energy, intact", 2.0, (1.9, 2.1), 2.19, False),
+        ("Energy, intact", 2.0, (1.9, 2.1), 2.21, True),
+        ("energy", 2.0, None, 1.91, False),
+        ("energy", 2.0, None, 1.89, True),
+        ("energy", 0.0, None, 0.015, False),
+        ("k_star", 2.0, None, 3.0, True),
+    ],
+)
+def test_values_of_another_machine_lie_within_the_tolerance(name, a, interval, b, differs):
+    assert beyond_tolerance(name, Metric(value=a, interval=interval), Metric(value=b)) is differs
+
+
+def test_by_values_small_differences_agree_and_are_explained(real_runs, capsys):
+    edit(real_runs[1], lambda r: claim(r, measured=0.51, interval=[0.42, 0.61]))
+    edit(real_runs[1], lambda r: r["metrics"].update(exact={"value": 0.34}))
+    explained = ["models", "dtype of model 1: bfloat16 -> float32"]
+    assert compare(capsys, *real_runs, "--by-values") == (0, [SAME, *explained])
+    assert compare(capsys, *real_runs)[0] == 1, "a third digit is another one"
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        (
+            lambda r: claim(r, measured=0.63, interval=[0.5, 0.65]),
+            ["claims", "falls: 0.5 [0.4, 0.6] -> 0.63 [0.5, 0.65]"],
+        ),
+        (
+            lambda r: claim(r, verdict="unclear"),
+            ["claims", "falls: holds -> unclear; 0.5 [0.4, 0.6] -> 0.5 [0.4, 0.6]"],
+        ),
+        (lambda r: r["claims"].pop(), ["claims", "grows: not in B"]),
+        (lambda r: r["metrics"].update(exact={"value": 0.36}), ["metrics", "exact: 0.333 -> 0.36"]),
+        (lambda r: r["metrics"].pop("accuracy"), ["metrics", "accuracy: not in B"]),
+        (lambda r: r["artifacts"].pop("line.npz"), ["files", "line.npz: not in B"]),
+    ],
+)
+def test_planted_disagreement_is_found_by_values(real_runs, capsys, change, lines):
+    edit(real_runs[1], change)
+    status, said = compare(capsys, *real_runs, "--by-values")
+    assert status == 1 and said[-2:] == lines
+
+
+@pytest.mark.parametrize(
+    ("rule", "interval", "tolerated"),
+    [
+        ({"below": 0.61}, (0.4, 0.6), True),
+        ({"below": 0.63}, (0.4, 0.6), False),
+        ({"above": 0.0}, (0.01, 0.9), True),
+        ({"above": 0.0}, (0.03, 0.9), False),
+        ({"between": (0.39, 5.0)}, (0.4, 0.6), True),
+        ({"below": 1e-4}, (0.0, 2e-5), False),  # the tolerance is wider than what the rule is about
+    ],
+)
+def test_verdict_may_differ_where_the_tolerance_reaches_its_rule(rule, interval, tolerated):
+    measured = dict(source="here", measured=sum(interval) / 2, interval=interval)
+    a = Claim.test("x", "It is so", **measured, **rule)
+    b = replace(a, verdict="unclear")
+    assert a.verdict == "holds"
+    records = [record_of(claims=[each]) for each in (a, b)]
+    assert (results(*records, beyond_tolerance)["claims"] == []) is tolerated
+    assert results(*records, beyond_last_digits)["claims"] != []
+
+
+def test_verdict_of_another_value_is_not_excused_by_its_rule():
+    a, b = (Claim.test("x", "It is so", source="here", measured=m, above=0.5) for m in (0.51, 0.2))
+    assert results(record_of(claims=[a]), record_of(claims=[b]), beyond_tolerance)["claims"] != []
+
+
+def test_embedded_models_in_float32_agree_to_the_last_digits(runs, capsys):
+    edit(runs[1], lambda r: r["metrics"].update(exact={"value": 0.33334}))
+    edit(runs[1], lambda r: claim(r, measured=0.50002, interval=[0.40001, 0.6]))
+    assert compare(capsys, *runs, "--by-values") == (0, [SAME])
+    edit(runs[1], lambda r: claim(r, interval=[0.4001, 0.6]))
+    edit(runs[1], lambda r: r["metrics"].update(exact={"value": 0.3334}))
+    status, said = compare(capsys, *runs, "--by-values")
+    assert status == 1 and said[1] == "claims" and said[3:] == ["metrics", "exact: 0.333 -> 0.333"]
+    for run in runs:
+        edit(run, lambda r: r["models"].append({"model_id": "gpt2", "dtype": "float32"}))
+    assert compare(capsys, *runs, "--by-values") == (0, [SAME]), "one of another kind is enough"
+
+
+def record_of(**values) -> Record:
+    empty = dict(study="01_induction_ablation", parameters={}, claims=[], metrics={}, models=[], artifacts={})
+    run = dict(commit=None, dirty=None, code="", versions={}, started=datetime.now(UTC), seconds=1)
+    return Record(**empty | run | {"peak_memory_mb": 1} | values)
+
+
+# --- requests
 
 
 def test_folders_of_studies_are_compared_study_by_study(runs, tmp_path, capsys):
@@ -169,14 +284,14 @@ def test_folders_of_studies_are_compared_study_by_study(runs, tmp_path, capsys):
     edit(tmp_path / "all" / "a" / "02", lambda r: r.update(study="02_neighbor_mixing"))
     status, said = compare(capsys, tmp_path / "all" / "a", tmp_path / "all" / "b")
     assert (status, said) == (1, [SAME, "02_neighbor_mixing: not in B"])
-    assert main(["compare", str(runs[0]), str(tmp_path / "all" / "a" / "02" / "record.json")]) == 2
+    assert main([str(runs[0]), str(tmp_path / "all" / "a" / "02" / "record.json")]) == 2
     assert "give two runs of one study" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_study_in_a_folder_are_named(runs, tmp_path, capsys):
     """By study alone the last would stand for both, and what differs in the other would go unseen."""
     edit(runs[0], lambda r: r["metrics"].update(exact={"value": 0.9}))
-    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
+    assert main([str(tmp_path), str(tmp_path)]) == 2
     places = f"{runs[0] / 'record.json'}, {runs[1] / 'record.json'}"
     message = f"{tmp_path} holds two runs of 01_induction_ablation: {places}; name one\n"
     assert capsys.readouterr().err == message
@@ -192,16 +307,14 @@ def test_two_runs_of_one_study_in_a_folder_are_named(runs, tmp_path, capsys):
 )  # fmt: skip
 def test_record_that_can_not_be_read_is_status_2(runs, capsys, damage, message):
     damage(runs[1] / "record.json")
-    assert main(["compare", *map(str, runs)]) == 2
+    assert main(list(map(str, runs))) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith(f"{runs[1] / 'record.json'}: {message}")
 
 
 @pytest.mark.parametrize(("words", "status"), [([], 2), (["no-such"], 2), (["--help"], 0)])
-def test_command_line_helps(words, status):
-    run = subprocess.run(
-        [sys.executable, "-m", "lib.record", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == status
-    assert "python -m lib.record" in run.stdout + run.stderr and "compare" in run.stdout + run.stderr
-    assert "Traceback" not in run.stderr and "Warning" not in run.stderr
+def test_command_line_helps(words, status, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    said = "".join(capsys.readouterr())
+    assert stop.value.code == status and "python -m lib compare" in said
