@@ -24,6 +24,7 @@ from lib.kernel import PlainError
 if TYPE_CHECKING:
     from lib.walks import Graph
 
+REAL = "Qwen2.5-Coder-0.5B-Instruct"  # of data/models.yaml: the pretrained model of studies 1 and 2
 # Park-25 (arXiv 2501.00070), row by row.
 GRID_WORDS = tuple(
     "apple bird car egg house milk plane opera box sand sun mango rock math code phone".split()
@@ -109,6 +110,7 @@ Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Wholes = Annotated[list[Annotated[Whole, Field(ge=1)]], BeforeValidator(_list), Field(min_length=1)]
 Reals = Annotated[list[Annotated[Real, Field(gt=0)]], BeforeValidator(_list), Field(min_length=1)]
 Words = Annotated[list[str], BeforeValidator(_list)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class NotebookParameters(BaseModel):
@@ -144,7 +146,7 @@ class StudyParameters(NotebookParameters):
     model_id: str = Field("organism/induction", min_length=1)
     revision: str = ""
     device: str = Field("cpu", min_length=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     remote: bool = False
     seed: Whole = Field(0, ge=0, lt=2**32)
 
@@ -161,8 +163,8 @@ class StudyParameters(NotebookParameters):
             yield f"device: {self.device!r}, but remote runs on NDIF's; leave it out"
 
 
-class _GraphParameters(StudyParameters):
-    """A study on a word graph."""
+class _GraphParameters(NotebookParameters):
+    """A study on a graph."""
 
     graph: Literal["grid", "ring", "hexagonal", "edges"] = "grid"
     rows: Whole = Field(4, ge=1)
@@ -170,8 +172,16 @@ class _GraphParameters(StudyParameters):
     edges: Words = []
 
     def word_graph(self) -> Graph:
-        """The graph that these parameters describe."""
-        raise NotImplementedError
+        """The graph that these parameters describe, without words."""
+        from lib import walks  # networkx: only when there is a graph to build
+
+        if self.graph == "grid":
+            return walks.grid_graph(self.rows, self.cols)
+        if self.graph == "hexagonal":
+            return walks.hexagonal_graph(self.rows, self.cols)
+        if self.graph == "ring":
+            return walks.ring_graph(self.rows * self.cols)
+        return walks.graph_from_edges(self.edges)
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
@@ -190,26 +200,13 @@ class StartHere(NotebookParameters):
     study: ClassVar[str] = "00_start_here"
 
 
-class InductionAblation(_GraphParameters):
-    """Study 1: which heads carry the in-context grid."""
+class _WordGraphParameters(_GraphParameters, StudyParameters):
+    """A study of a model that reads walks on a graph of words."""
 
-    study: ClassVar[str] = "01_induction_ablation"
-
+    model_id: str = Field(REAL, min_length=1)
+    dtype: Dtype = "auto"
+    bos: str = Field("auto", min_length=1)
     words: Words = list(GRID_WORDS)
-    seq_len: Whole = Field(400, ge=40)
-    n_walks: Whole = Field(16, ge=4)
-    k_values: Wholes = [1, 2, 4, 8]
-    n_random_sets: Whole = Field(4, ge=1)
-    n_layouts: Whole = Field(20, ge=4)
-    layer: Whole = Field(-1, ge=-1)
-    window: Whole = Field(100, ge=1)
-    ablation: Literal["zero", "mean"] = "zero"
-    batch_size: Whole = Field(0, ge=0)
-    n_bootstrap: Whole = Field(2000, ge=100)
-
-    def read_layer(self, n_layers: int) -> int:
-        """The block at whose input word means are read; by default as deep as Arditi-26's, 26 of 32."""
-        return self.layer if self.layer >= 0 else round(0.81 * n_layers)
 
     def word_graph(self) -> Graph:
         from lib import walks  # networkx: only when there is a graph to build
@@ -234,11 +231,85 @@ class InductionAblation(_GraphParameters):
             yield f"window: {self.window} tokens of seq_len = {self.seq_len}; at most {most} leave a start"
 
 
-class NeighborMixing(_GraphParameters):
-    """Study 2: why averaging with neighbours draws the graph."""
+class InductionAblation(_WordGraphParameters):
+    """Study 1: which heads carry the in-context grid, and whether the model uses it."""
+
+    study: ClassVar[str] = "01_induction_ablation"
+    embedded: ClassVar[dict[str, Any]] = {"model_id": "organism/induction", "k_values": [1, 2, 4, 8]}
+
+    seq_len: Whole = Field(400, ge=40)
+    window: Whole = Field(200, ge=1)
+    n_layouts: Whole = Field(8, ge=4)
+    n_selecting: Whole = Field(4, ge=1)
+    k_values: Wholes = [1, 2, 5, 10, 20, 32]
+    n_random_sets: Whole = Field(3, ge=2)
+    layer: Whole = Field(-1, ge=-1)
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+
+class NeighborMixing(_WordGraphParameters):
+    """Study 2: whether averaging with neighbours is what a model does."""
 
     study: ClassVar[str] = "02_neighbor_mixing"
+    embedded: ClassVar[dict[str, Any]] = {"model_id": "organism/induction", "n_heads": 8}
     stays_here: ClassVar[str] = "it computes with the weights, which are not sent"
+
+    seq_len: Whole = Field(400, ge=40)
+    window: Whole = Field(200, ge=1)
+    n_layouts: Whole = Field(8, ge=4)
+    n_selecting: Whole = Field(4, ge=1)
+    layer: Whole = Field(-1, ge=-1)
+    n_heads: Whole = Field(32, ge=1)
+    dim: Whole = Field(4096, ge=2)
+    n_seeds: Whole = Field(20, ge=2)
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+
+class HeadsInLanguage(_WordGraphParameters):
+    """Appendix 1a: the heads of the grid task in natural text, and further checks of study 1."""
+
+    study: ClassVar[str] = "1a_heads_in_language"
+    appendix: ClassVar[bool] = True
+    embedded: ClassVar[dict[str, Any]] = {"model_id": "organism/induction", "n_heads": 8}
+
+    seq_len: Whole = Field(400, ge=40)
+    window: Whole = Field(200, ge=1)
+    n_layouts: Whole = Field(8, ge=4)
+    n_heads: Whole = Field(32, ge=1)
+    n_texts: Whole = Field(16, ge=4)
+    layer: Whole = Field(-1, ge=-1)
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+
+class Emergence(_WordGraphParameters):
+    """Appendix 1b: an embedded model, and how its circuit appears in training."""
+
+    study: ClassVar[str] = "1b_emergence"
+    appendix: ClassVar[bool] = True
+
+    model_id: str = Field("organism/induction", pattern="^organism/")
+    seq_len: Whole = Field(400, ge=40)
+    window: Whole = Field(100, ge=1)
+    n_walks: Whole = Field(16, ge=4)
+    n_layouts: Whole = Field(20, ge=4)
+    k_values: Wholes = [1, 2, 4, 8]
+    layer: Whole = Field(-1, ge=-1)
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+    def read_layer(self, n_layers: int) -> int:
+        """The block at whose input word means are read; by default as deep as Arditi-26's, 26 of 32."""
+        return self.layer if self.layer >= 0 else round(0.81 * n_layers)
+
+
+class MixingTheory(_GraphParameters):
+    """Appendix 2a: spectrum, steps, noise and rank in the toy of study 2."""
+
+    study: ClassVar[str] = "2a_mixing_theory"
+    appendix: ClassVar[bool] = True
 
     dim: Whole = Field(4096, ge=2)
     steps: Whole = Field(1, ge=0)
@@ -247,17 +318,7 @@ class NeighborMixing(_GraphParameters):
     n_seeds: Whole = Field(20, ge=2)
     ranks: Wholes = [1, 2, 4, 8, 16, 32, 64, 128]
     dims: Wholes = [16, 64, 256, 1024, 4096]
-
-    def word_graph(self) -> Graph:
-        from lib import walks  # networkx: only when there is a graph to build
-
-        if self.graph == "grid":
-            return walks.grid_graph(self.rows, self.cols)
-        if self.graph == "hexagonal":
-            return walks.hexagonal_graph(self.rows, self.cols)
-        if self.graph == "ring":
-            return walks.ring_graph(self.rows * self.cols)
-        return walks.graph_from_edges(self.edges)
+    seed: Whole = Field(0, ge=0, lt=2**32)
 
 
 class RefusalLowRank(StudyParameters):
