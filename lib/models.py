@@ -1,7 +1,7 @@
 """Load a causal language model by name, checked, with the same sites for every family.
 
-`load` takes an embedded name (`organism/induction`), a local folder or a hub id
-and returns an nnsight model. Whatever the family, these names work in a trace:
+`load` takes an embedded name (`organism/induction`), a name of data/models.yaml, a local folder, a `.gguf`
+file or a hub id, and returns an nnsight model. Whatever the family, these names work in a trace:
 
     model.layers[i].input / .output         residual stream around block i       [batch, token, d_model]
     model.layers[i].self_attn.o_proj.input  head outputs, concatenated           [batch, token, head * d_head]
@@ -14,7 +14,8 @@ makes sure, by a forward of four tokens, that a block adds to the stream what it
 out and nothing else, and that the logits are the unembedding of `norm`: Gemma 2 and 3, OLMo 2, Granite and
 Cohere are refused. Of a remote model nothing is run before the first trace.
 
-`python -m lib.models` lists the models that the studies are meant for (`lib.registry`).
+`python -m lib models` lists the models that the studies are meant for (`lib.registry`); where their weights
+come from is `lib.sources`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import platform
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +36,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from nnsight import TransformersModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from lib import ROOT, registry, sources
 from lib.sources import ModelError
@@ -59,6 +61,18 @@ ALIASES = {
     "attention": "self_attn",
     "attention.dense": "attention.o_proj",
 }
+
+# What stood between documents in pretraining, by family: the first one among a tokenizer's added tokens.
+DOCUMENT_MARKS = (
+    "<|endoftext|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<bos>",
+    "<s>",
+    "<｜begin▁of▁sentence｜>",
+)
+# Tokens that no text has: padding of GGUF vocabularies, reserves of several families, bytes of SentencePiece.
+_UNUSED = re.compile(r"\[PAD\d+\]|\[unused\d+\]|<unused\d+>|<\|reserved_special_token_\d+\|>|<0x[0-9A-F]{2}>")
 
 
 class ModelShape(NamedTuple):
@@ -84,11 +98,12 @@ def load(
     """Load a causal language model and check what arrived.
 
     Args:
-        model_id: `organism/NAME`, a local folder in the Hugging Face layout, or a hub id.
+        model_id: `organism/NAME`, a name of data/models.yaml, a local folder in the Hugging Face layout, the
+            path of a `.gguf` file, or a hub id. What is not on this disk is fetched.
         device: torch device, e.g. "cpu", "cuda", "cuda:1", "mps"; "auto" spreads the blocks over all GPUs,
             by accelerate. `lib` brings what it adds to a block to that block's device, and what it reads to
             the CPU; it was never run on several GPUs.
-        dtype: torch dtype by name: "float32", "bfloat16", "float16".
+        dtype: torch dtype by name: "float32", "bfloat16", "float16"; "auto" is what `auto_dtype` says.
         revision: hub commit, tag or branch, None or "" for the one that data/models.yaml pins, else the
             default branch; for an organism a training checkpoint such as "step-00600" (see `checkpoints`).
         remote: leave the weights on NDIF and run every trace there, under the key in NDIF_API_KEY; the model
@@ -100,34 +115,42 @@ def load(
 
     Raises:
         ModelError: unknown name or device, no access, a revision of a folder, changed embedded file, missing,
-            unexpected, misshapen or non-finite tensors, another dtype than asked, or a family of which the
-            names above would be wrong.
+            unexpected, misshapen, quantised or non-finite tensors, another dtype than asked, or a family of
+            which the names above would be wrong.
     """
+    embedded = model_id.startswith("organism/")
+    is_path = embedded or Path(model_id).expanduser().is_dir()
+    if registered := None if is_path else registry.lookup(model_id):
+        model_id = registered.name if registered.file else registered.id
     if remote:
         from lib import remote as ndif  # registers this package with nnsight, which no local run needs
 
-        return ndif.load(model_id, dtype=dtype, revision=revision)
-    torch_dtype = float_dtype(dtype)
+        return ndif.load(model_id, dtype="bfloat16" if dtype == "auto" else dtype, revision=revision)
     placement = _placement(device)
-    embedded, registered = model_id.startswith("organism/"), registry.lookup(model_id)
+    dtype = auto_dtype(model_id, device) if dtype == "auto" else dtype
+    torch_dtype = float_dtype(dtype)
     if embedded:
         folder, revision = _organism_folder(model_id), revision or None
         _verify_manifest(model_id, folder)
-    elif registered and registered.file and not Path(model_id).is_dir():
-        folder, revision = sources.obtain(registered), registered.revision
     else:
-        folder = Path(model_id).expanduser()
-        revision = revision_of(model_id, revision)
+        folder, revision = Path(model_id).expanduser(), revision_of(model_id, revision)
+        if registered and registered.file:
+            folder = sources.obtain(registered)
+        elif folder.suffix == ".gguf":
+            folder = sources.from_gguf(folder)
+        elif (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} holds an adapter, no whole model; merge it into its base model first")
     source = str(folder) if folder.is_dir() else model_id
     # An organism's revision is a checkpoint file inside its folder, not a git revision.
-    options = {"trust_remote_code": False, "revision": None if embedded else revision}
+    options = {"trust_remote_code": False, "revision": None if folder.is_dir() else revision}
     # A local folder never needs the network, not even for a look whether a file is newer.
     options["local_files_only"] = folder.is_dir()
 
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        _check_config(model_id, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        with _quiet_transformers():
+        with sources.quiet_transformers():
             module, report = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -148,6 +171,8 @@ def load(
     if not folder.is_dir() and (snapshot := registry.snapshot(model_id, revision)):
         # Its name is the commit, where a branch, a tag or nothing was asked for.
         folder, revision = snapshot, snapshot.name
+    files = _weight_files(folder, config, revision if embedded else None)
+    _check_stored(model_id, files)
     return adopt(
         module,
         tokenizer,
@@ -155,24 +180,71 @@ def load(
         device=device,
         dtype=dtype,
         revision=revision,
-        weights_sha256=_weights_hash(folder, module, revision if embedded else None),
+        weights_sha256=_weights_hash(files, module),
+        source_sha256=sources.source_sha256(folder),
     )
 
 
 def revision_of(model_id: str, revision: str | None) -> str | None:
-    """The revision that is read: of a hub id the one asked for, else the pinned one; of a folder none.
+    """The revision that is read: of a hub id the one asked for, else the pinned one; of a local path none.
 
     Raises:
-        ModelError: a revision of a local folder, which holds one version and does not say which.
+        ModelError: a revision of a local folder or file, which is one version and does not say which; another
+            one than the pinned one of a model that is known by its hash.
     """
-    if not Path(model_id).expanduser().is_dir():
-        return revision or registry.pinned(model_id)
+    path = Path(model_id).expanduser()
+    if not (path.is_dir() or path.suffix == ".gguf"):
+        registered = registry.lookup(model_id)
+        if registered and registered.file and revision not in (None, "", registered.revision):
+            raise ModelError(
+                f"revision {revision!r}: {model_id} is the file with sha256 {registered.file.sha256}, whose "
+                f"revision is {registered.revision}; leave revision out"
+            )
+        return revision or (registered.revision if registered else None)
     if revision:
         raise ModelError(
-            f"revision {revision!r}: model_id {model_id!r} is a folder on this disk and holds one version; "
-            "leave revision out, or pass the hub id"
+            f"revision {revision!r}: model_id {model_id!r} is on this disk and holds one version; leave "
+            "revision out, or pass the hub id"
         )
     return None
+
+
+def auto_dtype(model_id: str, device: str) -> str:
+    """The dtype that "auto" means: float32 for the embedded models; for others bfloat16 where the device
+    multiplies it natively (CUDA, or at least 1.3 times as fast as float32), else float32.
+
+    The processor is measured once, for a tenth of a second, and the answer kept in the user's cache folder.
+    """
+    if model_id.startswith("organism/"):
+        return "float32"
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return "bfloat16"
+    measured_on = "cpu" if device == "auto" else device
+    key = f"{_processor()}, {measured_on}, torch {torch.__version__}"
+    fast = sources.remembered("bfloat16 is fast", key, lambda: _bfloat16_is_fast(measured_on))
+    return "bfloat16" if fast else "float32"
+
+
+def _bfloat16_is_fast(device: str) -> bool:
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for turn in range(6):  # in turns, so that other work slows both; the first one warms up
+        for dtype in best:
+            x = torch.ones(256, 1024, dtype=dtype, device=device)
+            w = torch.ones(1024, 1024, dtype=dtype, device=device)
+            start = time.perf_counter()
+            for _ in range(3):
+                x = x @ w / 1024
+            x.sum().item()  # waits for the device
+            if turn:
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] > 1.3 * best[torch.bfloat16]
+
+
+def _processor() -> str:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{platform.machine()} {platform.processor()}"
 
 
 def adopt(
@@ -184,19 +256,27 @@ def adopt(
     dtype: str,
     revision: str | None,
     weights_sha256: str,
+    source_sha256: str | None = None,
 ) -> TransformersModel:
     """The nnsight model of a transformers model whose weights are complete, checked as `load` does.
 
     Args:
         module, tokenizer: the model, in `dtype` and on the CPU, or where "auto" has put it.
-        model_id, revision, weights_sha256: where it came from, for `provenance`.
+        model_id, revision, weights_sha256, source_sha256: where it came from, for `provenance`; the last one
+            of a model that was unpacked from a GGUF file.
         device, dtype: where it shall go, and what its weights have to be.
 
     Raises:
         ModelError: unknown device, weights of another dtype or that are not finite, a family whose sites do
             not mean what this module says.
     """
-    _check_tensors(model_id, module, float_dtype(dtype))
+    _check_dtype(model_id, module, float_dtype(dtype))
+    n_parameters = sum(p.numel() for p in module.parameters())
+    if n_parameters < 10**7:
+        _check_finite(model_id, module)
+    else:  # seconds, once for these weights
+        key = f"{weights_sha256} {dtype}"
+        sources.remembered("finite", key, lambda: _check_finite(model_id, module))
     if device == "auto":
         device = f"auto ({', '.join(sorted({str(p.device) for p in module.parameters()}))})"
     else:
@@ -209,9 +289,11 @@ def adopt(
         "model_id": model_id,
         "revision": revision,
         "weights_sha256": weights_sha256,
+        **({"source_sha256": source_sha256} if source_sha256 else {}),
+        **_hashes(module, tokenizer),
         "dtype": dtype,
         "device": device,
-        "n_parameters": sum(p.numel() for p in module.parameters()),
+        "n_parameters": n_parameters,
     }
     return model
 
@@ -222,7 +304,8 @@ def wrap(module: torch.nn.Module, tokenizer) -> TransformersModel:
 
 
 def provenance(model: TransformersModel) -> dict:
-    """Where a loaded model came from: id, revision, sha256 of its weights, dtype, device, size."""
+    """Where a loaded model came from: id, revision, dtype, device, size, and sha256 of all that its results
+    depend on: weights, the GGUF file if it was one, config, generation settings, tokenizer, chat template."""
     return dict(model._module._provenance)
 
 
@@ -348,29 +431,62 @@ def word_ids(model: TransformersModel, words: Sequence[str]) -> list[int]:
     return found
 
 
-def bos_id(model: TransformersModel) -> int:
-    """The token that opens a text: BOS, or the end-of-text token of families without one.
+def bos_id(model: TransformersModel, bos: str = "auto") -> int | None:
+    """The token that opens a text.
+
+    Args:
+        model: its tokenizer and configuration decide.
+        bos: "auto" is the mark that stood between documents in training: the tokenizer's BOS, unless that
+            opens the turns of a chat (SmolLM2's `<|im_start|>`), or what families without one use; "none" is
+            no token; any other text is one token of the vocabulary.
 
     Raises:
-        ModelError: the tokenizer has neither.
+        ModelError: the tokenizer has no such token.
     """
-    for token in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ModelError("this tokenizer has no BOS and no end-of-text token to open a text with")
+    tokenizer = model.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    if bos == "none":
+        return None
+    if bos != "auto":
+        if bos not in vocabulary:
+            raise ModelError(f"bos {bos!r} is no token of this tokenizer; pass 'auto', 'none' or one that is")
+        return vocabulary[bos]
+    added = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values())}
+    template = str(tokenizer.chat_template or "")
+    own, end = tokenizer.bos_token, tokenizer.eos_token
+    configured = getattr(model._module.config, "bos_token_id", None)
+    if own and (own in DOCUMENT_MARKS or own not in template):
+        return vocabulary[own]
+    for mark in DOCUMENT_MARKS:
+        if mark in added:
+            return vocabulary[mark]
+    if configured is not None and configured < len(tokenizer):
+        return configured
+    if end and end not in template:
+        return vocabulary[end]
+    raise ModelError(
+        "this tokenizer has no BOS and no end-of-text token to open a text with; pass bos='none', or a token"
+    )
 
 
-def with_bos(model: TransformersModel, tokens: np.ndarray) -> torch.Tensor:
-    """Token ids [sequence, 1 + token] of tokens [sequence, token] behind `bos_id`."""
-    return torch.from_numpy(np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos_id(model)))
+def with_bos(model: TransformersModel, tokens: np.ndarray, bos: str = "auto") -> torch.Tensor:
+    """Token ids [sequence, 1 + token] of tokens [sequence, token] behind `bos_id`; without it for "none"."""
+    opening = bos_id(model, bos)
+    width = 0 if opening is None else 1
+    return torch.from_numpy(np.pad(tokens, ((0, 0), (width, 0)), constant_values=opening or 0))
 
 
 def plain_token_ids(model: TransformersModel) -> list[int]:
-    """Ids of all tokens but the special ones, to draw random tokens from."""
-    special = set(model.tokenizer.all_special_ids)
+    """Ids of all tokens but special, added, unused and single-byte ones, to draw random tokens from."""
+    left_out = set(model.tokenizer.all_special_ids) | set(model.tokenizer.added_tokens_decoder)
     # Some models pad their embedding beyond the tokenizer's vocabulary.
     size = min(len(model.tokenizer), shape(model).n_vocabulary)
-    return [token for token in range(size) if token not in special]
+    tokens = model.tokenizer.convert_ids_to_tokens(range(size))
+    return [
+        token
+        for token, text in enumerate(tokens)
+        if token not in left_out and text is not None and not _UNUSED.fullmatch(text)
+    ]
 
 
 def organisms() -> list[str]:
@@ -387,7 +503,7 @@ def checkpoints(model_id: str) -> list[int]:
 def write_manifest(folder: Path) -> None:
     """Record the sha256 of every file of an embedded model, which `load` verifies."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    hashes = {str(p.relative_to(folder)): _sha256(p) for p in files}
+    hashes = {str(p.relative_to(folder)): sources.sha256(p) for p in files}
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")
 
 
@@ -458,7 +574,7 @@ def _verify_file(model_id: str, path: Path, expected: str) -> None:
     remedy = f"restore it with `git checkout -- {path}`"
     if not path.is_file():
         raise ModelError(f"{model_id}: {path} is missing; {remedy}")
-    if _sha256(path) != expected:
+    if sources.sha256(path) != expected:
         raise ModelError(
             f"{model_id}: {path} is not the file that was trained (its sha256 differs); {remedy}"
         )
@@ -476,17 +592,46 @@ def _check_report(model_id: str, report: dict) -> None:
             )
 
 
-def _check_tensors(model_id: str, module: torch.nn.Module, dtype: torch.dtype) -> None:
+def _check_config(model_id: str, config: PreTrainedConfig) -> None:
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ModelError(
+            f"{model_id}: its weights are quantised ({getattr(method, 'value', method)}), so they can not be "
+            "read and edited as numbers; take the model without quantisation, or a GGUF file of it"
+        )
+
+
+def _check_stored(model_id: str, files: Sequence[Path]) -> None:
+    """No weight is stored as integers or in 8 bits, which would be cast to numbers that mean nothing."""
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                stored = tensors.get_slice(name).get_dtype()
+                if name.endswith("weight") and stored not in ("F64", "F32", "F16", "BF16"):
+                    raise ModelError(
+                        f"{model_id}: {name} is stored as {stored}, so its weights are quantised; take the "
+                        "model without quantisation, or a GGUF file of it"
+                    )
+
+
+def _check_dtype(model_id: str, module: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in module.named_parameters():
         if tensor.dtype != dtype:
             raise ModelError(
                 f"{model_id}: {name} is {tensor.dtype}, asked for {dtype}; ask for the checkpoint's"
             )
+
+
+def _check_finite(model_id: str, module: torch.nn.Module) -> bool:
+    for name, tensor in module.named_parameters():
         # The extremes are finite only if every entry is: no mask as large as the tensor.
         if not torch.stack(tensor.detach().aminmax()).isfinite().all():
             raise ModelError(
                 f"{model_id}: tensor {name} holds NaN or infinite values; the file is damaged, fetch it again"
             )
+    return True
 
 
 def _check_sites(model_id: str, model: TransformersModel, dtype: str) -> None:
@@ -558,7 +703,9 @@ def _load_checkpoint(module: torch.nn.Module, model_id: str, folder: Path, revis
 def _explain_load_failure(model_id: str, folder: Path, revision: str | None, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if folder.is_dir() and not (folder / "config.json").is_file():
-        return ModelError(f"{folder} holds no config.json, so it is no model; pass the folder that does")
+        files = ", ".join(path.name for path in sorted(folder.glob("*.gguf")))
+        remedy = f"pass the path of {files}" if files else "pass the folder that does"
+        return ModelError(f"{folder} holds no config.json, so it is no model; {remedy}")
     if "attn_implementation" in str(error):
         return ModelError(
             f"{model_id}: transformers does not compute the attention of {first.split()[0]} by sdpa, as it "
@@ -575,17 +722,26 @@ def _explain_load_failure(model_id: str, folder: Path, revision: str | None, err
     )
 
 
-def _weights_hash(folder: Path, module: torch.nn.Module, checkpoint: str | None) -> str:
-    """One sha256 for the weights: of the files where they are at hand, else of the tensors."""
+def _weight_files(folder: Path, config: PreTrainedConfig, checkpoint: str | None) -> list[Path]:
+    """The files that transformers reads the weights of a folder from; rather more than fewer."""
     if checkpoint:
-        files = [folder / "checkpoints" / f"{checkpoint}.safetensors"]
-    elif folder.is_dir():
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    else:
-        files = []
+        return [folder / "checkpoints" / f"{checkpoint}.safetensors"]
+    named = getattr(config, "transformers_weights", None)
+    for stem, suffix in () if named else (("model", "safetensors"), ("pytorch_model", "bin")):
+        if (whole := folder / f"{stem}.{suffix}").is_file():
+            return [whole]
+        if (index := folder / f"{whole.name}.index.json").is_file():
+            return [
+                folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            ]
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+
+
+def _weights_hash(files: Sequence[Path], module: torch.nn.Module) -> str:
+    """One sha256 for the weights: of the files where they are at hand, else of the tensors."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(_sha256(path).encode())
+        digest.update(sources.sha256(path).encode())
     if not files:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
@@ -593,27 +749,30 @@ def _weights_hash(folder: Path, module: torch.nn.Module, checkpoint: str | None)
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    # The hub's cache stores a blob under its own sha256.
-    target = path.resolve().name
-    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target):
-        return target
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hashes(module: torch.nn.Module, tokenizer) -> dict[str, str | None]:
+    """sha256 of what results depend on beside the weights, without where, how and by whom it was loaded."""
 
+    def digest(value: object) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep progress bars and load reports out of notebooks: `load` raises what they would say."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    config = module.config.to_dict()
+    generation = module.generation_config.to_dict() if module.can_generate() else {}
+    for name in ("_name_or_path", "dtype", "transformers_version", "_from_model_config"):
+        config.pop(name, None), generation.pop(name, None)
+    words = {
+        "class": type(tokenizer).__name__,
+        "special": tokenizer.special_tokens_map,
+        "vocabulary": tokenizer.get_vocab()
+        if not tokenizer.is_fast
+        else tokenizer.backend_tokenizer.to_str(),
+    }
+    template = tokenizer.chat_template
+    return {
+        "config_sha256": digest(config),
+        "generation_sha256": digest(generation),
+        "tokenizer_sha256": digest(words),
+        "chat_template_sha256": digest(template) if template else None,
+    }
 
 
 if __name__ == "__main__":

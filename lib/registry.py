@@ -1,6 +1,6 @@
 """The models that the studies are meant for (data/models.yaml), and what of them is on this disk.
 
-`python -m lib.models` lists them, `make run MODEL=NAME` runs their studies. Nothing here loads a model.
+`python -m lib models` lists them, `make run MODEL=NAME` runs their studies. Nothing here loads a model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import difflib
 import fnmatch
 import json
+import shlex
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -209,18 +210,18 @@ def missing_files(
 def missing(model: RegisteredModel) -> list[str]:
     """`missing_files` of a model of the registry, at its revision; of one that is a file, that file."""
     if model.file:
-        return [] if sources.is_ready(model.file) else [model.file.name]
+        return [] if sources.is_ready(model.file.sha256) else [model.file.name]
     return missing_files(model.id, model.revision, weights=model.weights, base=model.base)
 
 
 def require(model: RegisteredModel) -> str:
-    """Make sure that a model is on disk or can be fetched, before a run starts.
+    """Make sure, before a run starts, that a model is on disk or can be fetched; a GGUF file is fetched now.
 
     Returns:
         A line that says which.
 
     Raises:
-        RegistryError: it can be neither; the message says which file is missing, which licence to accept, and
+        ModelError: it can be neither; the message says which file is missing, which licence to accept, and
             which command to run. Or the model can not be run as it is.
     """
     if model.obstacle:
@@ -228,6 +229,8 @@ def require(model: RegisteredModel) -> str:
     lacking = missing(model)
     if not lacking:
         return f"{model.name}: on disk"
+    if model.file:
+        return f"{model.name}: on disk, in {sources.obtain(model)}"
     owner = lacking[0].partition(" of ")[2] or model.id
     revision = model.revision if owner == model.id else pinned(owner)
     url = huggingface_hub.hf_hub_url(owner, lacking[0].split(" of ")[0], revision=revision)
@@ -238,6 +241,27 @@ def require(model: RegisteredModel) -> str:
     except Exception as error:  # of the network in all its forms, or of the hub
         raise RegistryError(how_to_get(model.id, model.revision, error)) from error
     return f"{model.name}: will be fetched from the hub, about {model.gigabytes:.1f} GB"
+
+
+def fetch(model: RegisteredModel) -> str:
+    """Bring a model to this disk; returns a line that says where it is.
+
+    Raises:
+        ModelError: as `require`.
+    """
+    said = require(model)
+    if not missing(model):
+        return said
+    parts = [(model.id, model.revision, model.weights)]
+    parts += [(model.base, pinned(model.base), "")] if model.base else []
+    try:
+        for owner, revision, weights in parts:
+            folder = huggingface_hub.snapshot_download(
+                owner, revision=revision, allow_patterns=_patterns(weights)
+            )
+    except Exception as error:  # of the network in all its forms, or of the hub
+        raise RegistryError(how_to_get(model.id, model.revision, error)) from error
+    return f"{model.name}: on disk, in {folder}"
 
 
 def how_to_get(
@@ -298,12 +322,15 @@ def _is_hub_id(model_id: str) -> bool:
 
 
 def _download(model_id: str, revision: str | None, weights: str) -> str:
-    """The command; without its patterns some repositories bring the same weights in several formats."""
-    patterns = filter(None, ("*.json", "*.txt", "*.model", weights))
     return " ".join(
         [f"hf download {model_id}", *([f"--revision {revision}"] if revision else [])]
-        + [f'--include "{pattern}"' for pattern in patterns]
+        + [f'--include "{pattern}"' for pattern in _patterns(weights)]
     )
+
+
+def _patterns(weights: str) -> list[str]:
+    """Files to fetch; without them some repositories bring the same weights in several formats."""
+    return [pattern for pattern in ("*.json", "*.txt", "*.model", weights) if pattern]
 
 
 def _is_of_network(error: BaseException) -> bool:
@@ -324,7 +351,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def main(argv: list[str] | None = None) -> int:
     """Print the registry, or all about one of its models; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m lib.models",
+        prog="python -m lib models",
         description="The models that the studies are meant for, and what of them is on this disk.",
     )
     parser.add_argument("model", nargs="?", help="name or hub id, for all about it")
@@ -351,10 +378,20 @@ def _table() -> str:
     notes = [f"(*) {model.name}: {model.obstacle}" for model in registry() if model.obstacle]
     lines += ["", *(line for note in notes for line in textwrap.wrap(note, 110)), ""] if notes else [""]
     lines += [
-        f"On disk: in {constants.HF_HUB_CACHE}, at the revision.",
-        "Run one: make run MODEL=NAME [STUDY=...]. All about one: python -m lib.models NAME.",
+        f"On disk: in {constants.HF_HUB_CACHE}, at the revision; models that are one GGUF file in the "
+        "cache of this project.",
+        _cache(),
+        "Get one: python -m lib get NAME. Run one: make run MODEL=NAME [STUDY=...]. All about one: python -m "
+        "lib models NAME.",
     ]
     return "\n".join(lines)
+
+
+def _cache() -> str:
+    folder = sources.cache_folder()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    how = f"to empty it: rm -r {shlex.quote(str(folder))}" if size else "empty"
+    return f"The cache of this project: {folder}, {size / 1e9:.2f} GB; {how}"
 
 
 def _state(model: RegisteredModel) -> str:
@@ -374,6 +411,9 @@ def _details(model: RegisteredModel) -> str:
     lines += [f"chat: {model.chat}"] if model.chat else []
     lines += [f"obstacle: {model.obstacle}"] if model.obstacle else []
     lacking = missing(model)
+    if model.file:
+        lines += [f"file: {model.file.name}, {model.file.bytes / 1e6:.0f} MB, sha256 {model.file.sha256}"]
+        lines += [f"  the same bytes: {w.package} {w.version}, {w.member}" for w in model.file.wheels]
     lines += [f"on disk: {'yes' if not lacking else 'lacks ' + ', '.join(lacking)}"]
     for study, of_study in model.studies.items():
         lines += ["", study, f"  parameters: {json.dumps(model.parameters(study))}"]
@@ -381,5 +421,7 @@ def _details(model: RegisteredModel) -> str:
         lines += [f"  published {key}: {json.dumps(published(key))}" for key in of_study.published]
         lines += [f"  {of_study.note}"] if of_study.note else []
     if lacking and not model.obstacle:
-        lines += ["", "to get it:", *how_to_get(model.id, model.revision).splitlines()[1:]]
+        by_hand = how_to_get(model.id, model.revision).splitlines()[1:]
+        steps = [f"  python -m lib get {model.name}"] if model.file else by_hand
+        lines += ["", "to get it:", *steps]
     return "\n".join(lines)
