@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         "--by-values",
         action="store_true",
         help="B may be of another processor or dtype than A: its values may lie beyond A's intervals "
-        f"by {_TOLERANCE}, energies by {100 * _OF_ENERGY:g}%%, and a verdict be another where A is as near to "
-        "its rule; of embedded models in float32 only the last digits may differ",
+        f"by {_TOLERANCE}, energies by {100 * _OF_ENERGY:g}%%, and a verdict be another where A is as near "
+        "to its rule; of embedded models in float32 only the last digits may differ",
     )
     options = parser.parse_args(argv)
     try:

@@ -2,19 +2,21 @@
 
 In a notebook that a person runs, a bar under the cell, which goes when the work is done. Anywhere else
 nothing is shown, so that outputs can be compared; but lines such as "ablation sweep 12/40, 1:10 left" are
-appended to the file that PROGRESS_FILE names, at most one a second. `lib.run` puts the last one into its own
-line. Work of less than two seconds is not worth a word.
+appended to the file that PROGRESS_FILE names, at most one a second. `lib.run` shows the last one in a line of
+its own, `ProgressLine`. Work of less than two seconds is not worth a word.
 """
 
 from __future__ import annotations
 
 import html
 import os
+import sys
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from lib import kernel
@@ -56,6 +58,47 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours = f"{minutes // 60}:{minutes % 60:02d}" if minutes >= 60 else str(minutes)
     return f"{hours}:{seconds:02d}"
+
+
+class ProgressLine:
+    """How far a notebook is, in a line: rewritten in place on a terminal, else a new one every few seconds.
+
+    Args:
+        study: its name.
+        n_cells: all of its cells.
+        work: the file that PROGRESS_FILE names in its kernel.
+    """
+
+    def __init__(self, study: str, n_cells: int, work: Path):
+        self.study, self.n_cells, self.cell, self.work = study, n_cells, 0, work
+        self.width = 28
+        self.started = time.monotonic()
+        self.shown = 0.0
+        self.terminal = sys.stdout.isatty()
+        self.show(0)
+
+    def show(self, cell: int) -> None:
+        """Say which cell is at work."""
+        self.cell = cell
+        now = time.monotonic()
+        if self.terminal or now - self.shown >= 10:
+            self.shown = now
+            self._write(f"cell {cell} of {self.n_cells}{self._working()}", now - self.started, "")
+
+    def close(self, word: str, seconds: float) -> None:
+        place = "" if word == "done" else f" at cell {self.cell} of {self.n_cells}"
+        self._write(word + place, seconds, "\n")
+
+    def _working(self) -> str:
+        """What the cell is at, such as ", ablation sweep 12/40, 1:10 left"."""
+        text = self.work.read_text(encoding="utf-8") if self.work.is_file() else ""
+        line = text.rpartition("\n")[0].rpartition("\n")[2]  # the last whole one
+        return f", {line}" if line.endswith(" left") else ""
+
+    def _write(self, state: str, seconds: float, end: str) -> None:
+        self.width = max(self.width, len(state))  # a shorter line on a terminal covers the longer one
+        line = f"{self.study:<24} {state:<{self.width}} {clock(seconds):>7}"
+        print(f"\r{line}" if self.terminal else line, end=end if self.terminal else "\n", flush=True)
 
 
 def _count_nothing(n: int) -> None:

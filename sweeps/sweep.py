@@ -223,15 +223,11 @@ def run_job(job: Job, folder: Path, timeout: float = float("inf"), notebooks: Pa
         given = {**job.parameters, "model_id": job.model, "seed": job.seed}
         os.environ["FIGURES_DIR"] = str(home)
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):  # its progress line
-            outcome = run_study(
-                notebooks / f"{job.study}.ipynb",
-                home / f"{job.study}.ipynb",
-                ["-y", yaml.safe_dump(given)],
-                timeout,
-            )
-        if outcome.record is None:
-            (home / "error.txt").write_text(outcome.problem + "\n", encoding="utf-8")
-        return outcome.problem
+            notebook = f"{job.study}.ipynb"
+            ended = run_study(notebooks / notebook, home / notebook, given, timeout)
+        if ended.record is None:
+            (home / "error.txt").write_text(ended.problem + "\n", encoding="utf-8")
+        return ended.problem
 
 
 def result(job: Job, folder: Path, notebooks: Path = NOTEBOOKS) -> Result:

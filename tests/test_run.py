@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -17,7 +18,9 @@ from PIL import Image
 from tiny import add_to_hub_cache, save_tiny, use_hub
 
 from lib import registry, run
-from lib.record import validate_record
+from lib.claims import Claim
+from lib.parameters import InductionAblation, NeighborMixing
+from lib.record import Study, validate_record
 
 FINISH = """from lib.claims import Claim
 study.claim(Claim.test("a", "Accuracy rises", source="Arditi-26", measured=0.3, interval=(0.2, 0.4),
@@ -30,6 +33,7 @@ study.close()"""
 def run_studies(tmp_path, figures, capsys, monkeypatch):
     """Run the command line on the notebooks of this test; returns its status and what it printed."""
     monkeypatch.setenv("COLUMNS", "120")  # the table takes the terminal's width
+    monkeypatch.setattr(InductionAblation, "embedded", {})
 
     def main(*argv: str) -> tuple[int, str]:
         status = run.main(list(argv), tmp_path / "notebooks", tmp_path / "runs")
@@ -45,8 +49,10 @@ def test_finished_study_leaves_record_notebook_and_table(run_studies, write_note
     assert "Accuracy rises (Arditi-26)  0.3 [0.2, 0.4] (16 walks)  > 0.1  0.9        holds" in said
     assert "1 of 1 studies left a valid record" in said
     validate_record(figures / "01_induction_ablation" / "record.json")
-    executed = nbformat.read(tmp_path / "runs" / "01_induction_ablation.ipynb", as_version=4)
+    output = tmp_path / "runs" / "latest"
+    executed = nbformat.read(output / "01_induction_ablation.ipynb", as_version=4)
     assert "0.3 [0.2, 0.4]" in str(executed.cells[-1].outputs)
+    assert "Accuracy rises (Arditi-26)  0.3 [0.2, 0.4]" in (output / "claims.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,7 @@ def test_finished_study_leaves_record_notebook_and_table(run_studies, write_note
 def test_parameters_pass_through_papermill(run_studies, write_notebook, tmp_path, options, effective):
     write_notebook(FINISH)
     assert run_studies(*options)[0] == 0
-    assert effective in (tmp_path / "runs" / "01_induction_ablation.log").read_text()
+    assert effective in (tmp_path / "runs" / "latest" / "01_induction_ablation.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -79,8 +85,8 @@ def test_wrong_parameter_stops_the_study(run_studies, write_notebook, figures, o
 
 
 def test_raw_papermill_stops_too(write_notebook, figures, tmp_path):
-    notebook = write_notebook("import time; time.sleep(60)", FINISH)
-    started = time.monotonic()
+    mark = tmp_path / "ran on"
+    notebook = write_notebook(f"open({str(mark)!r}, 'w').close()", FINISH)
     papermill = subprocess.run(
         [sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb", "-p", "seqlen", "200"],
         capture_output=True,
@@ -89,7 +95,7 @@ def test_raw_papermill_stops_too(write_notebook, figures, tmp_path):
     )
     assert papermill.returncode != 0
     assert "seqlen: no such parameter; did you mean seq_len?" in papermill.stderr
-    assert time.monotonic() - started < 30
+    assert not mark.exists()
 
 
 def test_error_in_a_cell_is_shown_and_leaves_no_record(run_studies, write_notebook, figures):
@@ -167,12 +173,14 @@ def test_one_failure_does_not_keep_others_from_running_and_start_here_comes_last
         (["-p", "out_dir", "x"], "set the variable FIGURES_DIR instead"),
         (["-f", "own.yaml"], "set the variable FIGURES_DIR instead"),
         (["-y", "{seed: 1, out_dir: x}"], "set the variable FIGURES_DIR instead"),
-        (["-p", "seq_len"], "Option '-p' requires 2 arguments"),
-        (["--parameter", "seq_len", "300"], "No such option '--parameter'"),
+        (["-p", "seq_len"], "argument -p: expected 2 arguments"),
+        (["--parameter", "seq_len", "300"], "unrecognized arguments: --parameter"),
         (["-f", "none.yaml"], "parameters can not be read: "),
         (["-y", "{seed: "], "parameters can not be read: "),
         (["-y", "seed"], "parameters can not be read: "),
         (["--refresh", "-p", "seq_len", "300"], "leave the parameters out"),
+        (["--refresh", "--real"], "argument --real: not allowed with argument --refresh"),
+        (["-p", "model_id", "openai-community/gpt2"], "may have to be fetched; ask for it by --model"),
     ],
 )
 def test_impossible_request_is_refused_before_anything_runs(
@@ -208,19 +216,24 @@ def test_model_runs_with_its_parameters_in_a_folder_of_its_own(
     (tmp_path / "own.yaml").write_text("seq_len: 300")
     status, said = run_studies("--model", "gpt2", *override)
     assert status == 0 and said.startswith("gpt2: on disk\n")
-    log = (tmp_path / "gpt2" / "01_induction_ablation.log").read_text()
+    log = (tmp_path / "runs" / "gpt2" / "01_induction_ablation.log").read_text()
     commit = registry.find("gpt2").revision
     assert f"openai-community/gpt2 float32 10 k_values [1, 2, 4, 8, 16] seq_len 300 at {commit}" in log
     record = validate_record(tmp_path / "figures" / "01_induction_ablation" / "record.json")
     assert record.parameters["revision"] == commit
-    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["gpt2"]
 
 
-def test_models_figures_do_not_replace_the_repositorys(write_notebook, gpt2_on_disk, tmp_path, monkeypatch):
-    write_notebook(TELL)
+@pytest.mark.parametrize(
+    ("kind", "folder"), [((), "latest"), (("--real",), "real"), (("--model", "gpt2"), "gpt2")]
+)
+def test_figures_lie_in_the_folder_of_the_run(
+    write_notebook, gpt2_on_disk, tmp_path, monkeypatch, kind, folder
+):
+    write_notebook(FINISH)
     monkeypatch.delenv("FIGURES_DIR")
-    assert run.main(["--model", "gpt2"], tmp_path / "notebooks", tmp_path / "runs" / "latest") == 0
-    validate_record(tmp_path / "runs" / "gpt2" / "figures" / "01_induction_ablation" / "record.json")
+    assert run.main(list(kind), tmp_path / "notebooks", tmp_path / "runs") == 0
+    validate_record(tmp_path / "runs" / folder / "figures" / "01_induction_ablation" / "record.json")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +246,7 @@ def test_models_figures_do_not_replace_the_repositorys(write_notebook, gpt2_on_d
         (["--model", "CODI-gpt2", "-p", "n_problems", "20"], "give a JSONL file of problems in the form"),
         (["--model", "Qwen3-1.7B"], "HF_HUB_OFFLINE is set. To get it:"),
         (["--model", "Qwen-1.8B-Chat"], "Qwen-1.8B-Chat can not be run as it is: its architecture is code"),
-        (["--model", "gpt2", "--refresh"], "leave the model out"),
+        (["--model", "gpt2", "--refresh"], "argument --refresh: not allowed with argument --model"),
     ],
 )
 def test_model_that_can_not_run_is_refused_before_anything_runs(
@@ -256,7 +269,7 @@ def test_own_weights_need_no_hub(run_studies, write_notebook, tmp_path, monkeypa
     own = ["-p", "model_id", "/my/llama", "-p", "seq_len", "500"]
     status, said = run_studies("--model", "Llama-3.1-8B", *own)
     assert status == 0 and said.startswith("01_induction_ablation")
-    log = (tmp_path / "Llama-3.1-8B" / "01_induction_ablation.log").read_text()
+    log = (tmp_path / "runs" / "Llama-3.1-8B" / "01_induction_ablation.log").read_text()
     assert "/my/llama bfloat16 26" in log and "seq_len 500 at" in log
     assert registry.find("Llama-3.1-8B").revision not in log, "a folder has no revision"
 
@@ -267,22 +280,23 @@ def test_own_weights_need_no_hub(run_studies, write_notebook, tmp_path, monkeypa
         ([], {}),
         (["-p", "prompts", "my_remote_pairs.jsonl"], {"prompts": "my_remote_pairs.jsonl"}),
         (["-p", "remote", "False", "-r", "dtype", "float32"], {"remote": "False", "dtype": "float32"}),
-        (["-y", "{remote: true}", "--parameters", "seed", "3"], {"remote": True, "seed": "3"}),
-        # As papermill has it: base64, files, YAML, -p, -r, whatever their order.
+        (["-p", "layer", "-1", "-p", "words", '["a", "b"]'], {"layer": -1, "words": ["a", "b"]}),
+        (["-y", "{remote: true}", "-r", "seed", "3"], {"remote": True, "seed": "3"}),
+        # As papermill has it: files, YAML, -p, -r, whatever their order.
         (
             ["-r", "a", "1", "-p", "a", "2", "-y", "{a: 3, b: 3}", "-f", "own.yaml"],
             {"a": "1", "b": 3, "c": 4},
         ),
-        (
-            ["-b", "e2E6IDUsIGQ6IDV9", "-f", "own.yaml", "--log-level", "INFO"],
-            {"a": 4, "b": 4, "c": 4, "d": 5},
-        ),
     ],
 )
-def test_given_parameters_are_those_that_papermill_reads(tmp_path, monkeypatch, options, given):
+def test_parameters_are_read_as_papermill_reads_them(
+    write_notebook, planned, tmp_path, monkeypatch, options, given
+):
+    write_notebook(FINISH)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("{a: 4, b: 4, c: 4}")
-    assert run.parameters_given(options) == given
+    [(_, parameters, *_)] = planned("--real", *options)
+    assert parameters == given
 
 
 @pytest.mark.parametrize(
@@ -291,21 +305,15 @@ def test_given_parameters_are_those_that_papermill_reads(tmp_path, monkeypatch, 
         (["-p", "remote", "false"], "pinned"),
         (["-r", "remote", "no"], "pinned"),
         (["-p", "edges", "remote-revision"], "pinned"),  # a word within a value
+        (["-p", "remote", "True"], ""),
         (["-y", "{remote: 1}"], ""),
     ],
 )
-def test_model_is_remote_when_the_user_says_so_alone(
-    write_notebook, gpt2_on_disk, tmp_path, monkeypatch, options, at
-):
-    passed = []
+def test_model_is_remote_when_the_user_says_so_alone(write_notebook, planned, gpt2_on_disk, options, at):
     write_notebook(TELL)
-    monkeypatch.setattr(
-        run, "run_study",
-        lambda notebook, executed, options, timeout: passed.append(options) or run.Outcome("", None, "", 0),
-    )  # fmt: skip
-    run.main(["--model", "gpt2", *options], tmp_path / "notebooks", tmp_path / "runs")
-    given = run.parameters_given(passed[0])
-    assert given.get("revision", "") == (registry.find("gpt2").revision if at else "")
+    [(_, parameters, *_)] = planned("--model", "gpt2", *options)
+    assert parameters.get("revision", "") == (registry.find("gpt2").revision if at else "")
+    assert ("device" in parameters) == bool(at)
 
 
 def test_another_revision_of_a_model(run_studies, write_notebook, tmp_path, monkeypatch):
@@ -314,7 +322,151 @@ def test_another_revision_of_a_model(run_studies, write_notebook, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("revision: main")
     assert run_studies("--model", "gpt2", "-f", "own.yaml")[0] == 0
-    assert "seq_len 1000 at main" in (tmp_path / "gpt2" / "01_induction_ablation.log").read_text()
+    log = tmp_path / "runs" / "gpt2" / "01_induction_ablation.log"
+    assert "seq_len 1000 at main" in log.read_text()
+
+
+# --- which notebooks run, with which parameters
+
+
+@pytest.fixture
+def planned(tmp_path, figures, monkeypatch):
+    """What the command line would run, in order: study, parameters, folder, offline, timeout."""
+    found = []
+
+    def note(notebook, executed, parameters, timeout, offline):
+        found.append((notebook.stem, parameters, executed.parent.name, offline, timeout))
+        return run.StudyRun(notebook.stem, None, "", 0)
+
+    monkeypatch.setattr(run, "run_study", note)
+
+    def plan(*argv: str) -> list[tuple]:
+        run.main(list(argv), tmp_path / "notebooks", tmp_path / "runs")
+        return found
+
+    return plan
+
+
+@pytest.fixture
+def all_notebooks(write_notebook) -> dict[str, Path]:
+    """Notebooks of five studies and two appendices, by name."""
+    path = write_notebook(FINISH)
+    names = ["00_start_here", "02_neighbor_mixing", "03_refusal_low_rank", "04_codi_attention"]
+    (path.parent / "appendix").mkdir()
+    for name in (*names, "appendix/1a_more", "appendix/2a_more"):
+        (path.parent / f"{name}.ipynb").write_bytes(path.read_bytes())
+    return {found.stem: found for found in path.parent.rglob("*.ipynb")}
+
+
+MAIN = [
+    "01_induction_ablation",
+    "02_neighbor_mixing",
+    "03_refusal_low_rank",
+    "04_codi_attention",
+    "00_start_here",
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "studies"),
+    [
+        ([], MAIN),
+        (["--embedded"], MAIN),
+        (["--real"], MAIN),
+        (["--refresh"], [MAIN[0], "02_neighbor_mixing", *MAIN[2:4], "1a_more", "2a_more", "00_start_here"]),
+        (["--study", "1a"], ["1a_more"]),
+        (["--refresh", "--study", "2a_more"], ["2a_more"]),
+        (["--real", "--study", "01"], ["01_induction_ablation"]),
+    ],
+)
+def test_appendices_run_when_named_or_to_be_stored(all_notebooks, planned, argv, studies):
+    assert [study for study, *_ in planned(*argv)] == studies
+
+
+def test_embedded_run_passes_the_schemas_parameters_and_fetches_nothing(all_notebooks, planned, monkeypatch):
+    embedded = {"model_id": "organism/induction", "seq_len": 300}
+    monkeypatch.setattr(InductionAblation, "embedded", embedded)
+    by_study = {
+        study: rest for study, *rest in planned("-p", "seq_len", "500", "-p", "model_id", "organism/x")
+    }
+    assert by_study["01_induction_ablation"][0] == {"model_id": "organism/x", "seq_len": 500}
+    assert by_study["00_start_here"] == [{"seq_len": 500, "model_id": "organism/x"}, "latest", True, 3600]
+    assert embedded["seq_len"] == 300
+
+
+def test_real_run_is_as_the_notebooks_stand(all_notebooks, planned, monkeypatch):
+    monkeypatch.setattr(InductionAblation, "embedded", {"seq_len": 300})
+    assert planned("--real", "--study", "01") == [(MAIN[0], {}, "real", False, 86400)]
+
+
+def test_embedded_run_is_offline(run_studies, write_notebook, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    write_notebook("import os; print('offline', os.environ.get('HF_HUB_OFFLINE'))", FINISH)
+    for kind, said in (("latest", "offline 1"), ("real", "offline None")):
+        assert run_studies(*(["--real"] if kind == "real" else []))[0] == 0
+        assert said in (tmp_path / "runs" / kind / "01_induction_ablation.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "model_id", "folder"),
+    [
+        ("{tmp}/my model/", "{tmp}/my model", "my-model"),
+        ("{tmp}/tiny.gguf", "{tmp}/tiny.gguf", "tiny"),
+        ("{tmp}/latest", "{tmp}/latest", "latest-model"),
+        ("gone.gguf", "gone.gguf", "gone"),
+        ("me/my-llama", "me/my-llama", "my-llama"),
+        ("organism/induction", "organism/induction", "induction"),
+    ],
+)
+def test_other_weights_run_through_the_studies_on_graphs(
+    all_notebooks, planned, tmp_path, name, model_id, folder
+):
+    for each in ("my model", "latest"):
+        (tmp_path / each).mkdir()
+    (tmp_path / "tiny.gguf").touch()
+    runs = planned("--model", name.format(tmp=tmp_path))
+    assert [study for study, *_ in runs] == ["01_induction_ablation", "02_neighbor_mixing"]
+    for _, parameters, at, offline, _ in runs:
+        assert (parameters["model_id"], at) == (model_id.format(tmp=tmp_path), folder) and not offline
+
+
+def test_other_weights_run_in_the_study_that_is_named(all_notebooks, planned):
+    [(study, parameters, *_)] = planned("--model", "me/my-llama", "--study", "03")
+    assert study == "03_refusal_low_rank" and parameters["model_id"] == "me/my-llama"
+
+
+def test_study_without_a_model_takes_none(all_notebooks, planned, capsys):
+    with pytest.raises(SystemExit):
+        planned("--model", "me/my-llama", "--study", "00")
+    assert "me/my-llama: none of these takes a model: 00_start_here" in capsys.readouterr().err
+
+
+# --- what is left behind
+
+
+def test_table_is_of_all_records_beside_it(run_studies, write_notebook, tmp_path, figures):
+    other = Study(NeighborMixing, {})
+    other.claim(Claim.test("b", "Energy falls", source="here", measured=0.3, below=0.5))
+    other.close()
+    write_notebook(FINISH)
+    assert "Energy falls" not in run_studies("--study", "01")[1]
+    table = (tmp_path / "runs" / "latest" / "claims.txt").read_text()
+    assert "Accuracy rises" in table and "Energy falls" in table
+    (figures / NeighborMixing.study / "record.json").write_text("{")
+    assert run_studies()[0] == 0
+    assert "Energy falls" not in (tmp_path / "runs" / "latest" / "claims.txt").read_text()
+
+
+def test_text_of_an_executed_notebook_shows_the_figures_of_its_run(run_studies, write_notebook, tmp_path):
+    path = write_notebook(FINISH)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell("![x](../figures/01_induction_ablation/x.png)"))
+    nbformat.write(notebook, path)
+    assert run_studies()[0] == 0
+    executed = nbformat.read(tmp_path / "runs" / "latest" / path.name, as_version=4)
+    assert executed.cells[0].source == "![x](figures/01_induction_ablation/x.png)"
+    assert run_studies("--refresh")[0] == 0
+    assert nbformat.read(path, as_version=4).cells[0].source == "![x](../figures/01_induction_ablation/x.png)"
 
 
 def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebook):
@@ -342,7 +494,7 @@ plt.show()"""
     assert run_studies("--refresh")[0] == 0
     stored, executed = (
         nbformat.read(path, as_version=4).cells[2].outputs[0]
-        for path in (notebook, tmp_path / "runs" / notebook.name)
+        for path in (notebook, tmp_path / "runs" / "stored" / notebook.name)
     )
     size = stored.metadata["image/png"]
     assert len(stored.data["image/png"]) < 0.6 * len(executed.data["image/png"])
@@ -378,19 +530,22 @@ def test_refresh_that_can_not_be_written_leaves_the_notebook_whole(run_studies, 
 
 def test_output_that_can_not_be_written_is_refused_before_anything_runs(write_notebook, tmp_path, capsys):
     write_notebook(FINISH)
-    (tmp_path / "runs").write_text("a file")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").write_text("a file")
     with pytest.raises(SystemExit) as stop:
         run.main([], tmp_path / "notebooks", tmp_path / "runs")
-    assert stop.value.code == 2 and f"{tmp_path / 'runs'} can not be written to (" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"{tmp_path / 'runs' / 'latest'} can not be written to (" in capsys.readouterr().err
 
 
 def test_two_runs_at_once_do_not_write_one_notebook(run_studies, write_notebook, tmp_path, figures):
     write_notebook(FINISH)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "01_induction_ablation.ipynb").write_text("of the other run")
+    output = tmp_path / "runs" / "latest"
+    output.mkdir(parents=True)
+    (output / "01_induction_ablation.ipynb").write_text("of the other run")
     hold = f"""from pathlib import Path
 from lib.record import Lock
-lock = Lock(Path({str(tmp_path / "runs" / "01_induction_ablation.lock")!r}))
+lock = Lock(Path({str(output / "01_induction_ablation.lock")!r}))
 lock.take()
 input(print("held", flush=True) or "")"""
     other = subprocess.Popen(
@@ -400,11 +555,11 @@ input(print("held", flush=True) or "")"""
     status, said = run_studies()
     assert status == 1
     assert f"another run (process {other.pid}) writes to {tmp_path / 'runs'}" in said
-    assert (tmp_path / "runs" / "01_induction_ablation.ipynb").read_text() == "of the other run"
+    assert (output / "01_induction_ablation.ipynb").read_text() == "of the other run"
     assert not figures.exists()
     other.communicate("")
     assert run_studies()[0] == 0
-    assert not list((tmp_path / "runs").glob("*.lock"))
+    assert not list(output.glob("*.lock"))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +569,7 @@ def test_run_that_is_stopped_takes_its_kernel_with_it(write_notebook, figures, t
     """As by a scheduler, by a terminal that closes, which signals all of its group, by Ctrl-C, and by a
     scheduler that started it in the background: there a process finds signals ignored."""
     mark = tmp_path / "still running"
-    work = f"import time\nfor i in range(60):\n    time.sleep(0.25); open({str(mark)!r}, 'w').close()"
+    work = f"import time\nfor i in range(2400):\n    time.sleep(0.25); open({str(mark)!r}, 'w').close()"
     write_notebook(work, FINISH)
     start = "import sys, lib, pathlib, runpy; lib.ROOT = pathlib.Path(sys.argv.pop(1)); "
     start += "runpy.run_module('lib.run', run_name='__main__')"
@@ -423,16 +578,15 @@ def test_run_that_is_stopped_takes_its_kernel_with_it(write_notebook, figures, t
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=partial(set_signals, ignored),
     )  # fmt: skip
-    deadline = time.monotonic() + 60
     while not mark.exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2, "papermill and its kernel"
     os.killpg(process.pid, signal.Signals[name])
-    said = process.communicate(timeout=60)
+    said = process.communicate(timeout=600)
     assert process.returncode == 1 and "interrupted; what is cached will not be computed again" in said[1]
-    assert psutil.wait_procs(family, timeout=10)[1] == [], "the kernel goes on"
+    assert psutil.wait_procs(family, timeout=120)[1] == [], "the kernel goes on"
     assert not list(figures.rglob("record.json"))
 
 
