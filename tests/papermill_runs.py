@@ -28,7 +28,7 @@ def start(
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    out, error = process.communicate(timeout=300)
+    out, error = process.communicate(timeout=1500)
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 

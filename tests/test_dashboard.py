@@ -65,7 +65,7 @@ def visit(browser, tmp_path):
         path = tmp_path / f"{len(contexts)}.html"
         path.write_text(html, encoding="utf-8")
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(120_000)
         contexts.append(context)
         tab = context.new_page()
         tab.on("pageerror", lambda error: errors.append(str(error)))

@@ -1,16 +1,22 @@
-"""The explorers in real JupyterLab and a headless Chromium: run all, move a control, the picture follows."""
+"""The explorers in real JupyterLab and a headless Chromium: run all, move a control, the picture follows.
+
+Of a notebook only the cells that its explorer builds on are run.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import shutil
 import subprocess
+import symtable
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import papermill_runs as runs
@@ -21,6 +27,7 @@ from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import Browser, Locator, Page, TimeoutError, expect
 
 from lib import ROOT
+from lib.parameters import schemas
 
 SMALL = {
     "01_induction_ablation": {
@@ -43,7 +50,9 @@ SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are in the page
 }
 
-expect.set_options(timeout=20_000)  # ms; a loaded machine is slow, and what does not follow never does
+PATIENCE = 600  # s without progress; a loaded machine is slow, and what hangs never ends
+
+expect.set_options(timeout=180_000)  # ms
 
 
 # -- JupyterLab ------------------------------------------------------------------------------------
@@ -75,7 +84,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
         )  # fmt: skip
     try:
         file = folder / "jupyter_runtime_dir" / f"jpserver-{process.pid}.json"
-        wait_for(file.is_file, 60, lambda: (folder / "lab.log").read_text()[-3000:])
+        wait_for(file.is_file, lambda: (folder / "lab.log").read_text()[-3000:])
         server = json.loads(file.read_text())
         yield f"{server['url']}lab/workspaces/{{0}}/tree/notebooks/{{0}}.ipynb?token={server['token']}"
     finally:
@@ -88,21 +97,102 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-def wait_for(ready, seconds: float, why) -> None:
-    end = time.monotonic() + seconds
+def wait_for(ready, why, progress=lambda: None) -> None:
+    """Wait while there is progress, and give up `PATIENCE` after the last one."""
+    end, reached = time.monotonic() + PATIENCE, progress()
     while not ready():
+        if (now := progress()) != reached:
+            end, reached = time.monotonic() + PATIENCE, now
         assert time.monotonic() < end, why()
         time.sleep(0.2)
 
 
 def small(path: Path, runs: Path) -> nbformat.NotebookNode:
-    """A notebook with small parameters, without outputs."""
-    values = SMALL[path.stem] | {"out_dir": str(runs / path.stem)}
+    """A notebook with small parameters, without outputs: the cells that its explorer builds on."""
+    values = schemas()[path.stem].embedded | SMALL[path.stem] | {"out_dir": str(runs / path.stem)}
     notebook = parameterize_notebook(load_notebook_node(str(path)), values)
+    notebook.cells = built_on(notebook.cells)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     return notebook
+
+
+def built_on(cells: list) -> list:
+    """The cell that shows an explorer, and those before it that give or change a name that it needs."""
+    cells = [cell for cell in cells if cell.cell_type == "code"]
+    [last] = [i for i, cell in enumerate(cells) if re.search(r"^\w+_explorer\(", cell.source, re.MULTILINE)]
+    kept, needed = [cells[last]], names(cells[last].source).used
+    for cell in reversed(cells[:last]):
+        found = names(cell.source)
+        if (found.given | found.changed) & needed or "parameters" in str(cell.metadata.get("tags")):
+            kept.insert(0, cell)
+            needed = (needed - found.given) | found.used
+    return kept
+
+
+class Names(NamedTuple):
+    """What a cell gives anew, what it changes or may give, and what it needs from cells before."""
+
+    given: set[str]
+    changed: set[str]
+    used: set[str]
+
+
+def names(source: str) -> Names:
+    found = Names(set(), set(), set())
+    for statement in ast.parse(source).body:
+        table = symtable.symtable(ast.unparse(statement), "cell", "exec")
+        assigned = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+        changed, used = changes(statement), {*reads(table)}
+        if isinstance(statement, ast.For | ast.With):  # reads its own variables
+            used -= assigned
+        found.used.update((used | changed) - found.given)
+        if isinstance(statement, ast.For | ast.While | ast.If | ast.Try):  # perhaps
+            changed |= assigned
+        found.changed.update(changed)
+        found.given.update(assigned - changed)
+    return found
+
+
+def reads(table: symtable.SymbolTable) -> Iterator[str]:
+    """Names of the notebook that a statement reads, in functions and comprehensions too."""
+    for symbol in table.get_symbols():
+        if symbol.is_referenced() and (table.get_type() == "module" or symbol.is_global()):
+            yield symbol.get_name()
+    for inner in table.get_children():
+        yield from reads(inner)
+
+
+def changes(statement: ast.stmt) -> set[str]:
+    """Names whose things are changed in place: x += ..., x[0] = ..., x.append(...)."""
+    found = set()
+    for node in ast.walk(statement):
+        match node:
+            case (
+                ast.AugAssign(ast.Name(name))
+                | ast.Subscript(ast.Name(name), ctx=ast.Store())
+                | ast.Subscript(ast.Subscript(ast.Name(name)), ctx=ast.Store())
+                | ast.Call(ast.Attribute(ast.Name(name), "append" | "extend" | "update" | "setdefault"))
+            ):
+                found.add(name)
+    return found
+
+
+def test_cells_that_an_explorer_builds_on_are_found():
+    sources = [
+        "import numpy as np",
+        "x = [1]",
+        "fig, ax = draw(x)",
+        "x.append(2)",
+        "w = 1",
+        "w = 2",
+        "def f(y):\n    return [np.exp(z + w) for z in y]",
+        "for i in x:\n    print(i)",
+        "some_explorer(f(x))",
+    ]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    assert [sources.index(cell.source) for cell in built_on(cells)] == [0, 1, 3, 5, 6, 8]
 
 
 # -- a notebook in it ------------------------------------------------------------------------------
@@ -127,14 +217,16 @@ class Notebook:
         self.tab.goto(address)
         panel = self.tab.locator(".jp-NotebookPanel")
         kernel = self.tab.locator(".jp-Notebook-ExecutionIndicator")
-        expect(kernel).to_have_attribute("data-status", "idle", timeout=60_000)
+        expect(kernel).to_have_attribute("data-status", "idle", timeout=1000 * PATIENCE)
         prompts = panel.locator(".jp-CodeCell .jp-InputPrompt")
+        done = prompts.filter(has_text=re.compile(r"\[\d+\]:"))
         self._run_all(prompts.first)
         last = prompts.last
         wait_for(
             lambda: re.fullmatch(r"\[\d+\]:", last.text_content()) or self.failures.count(),
-            240, lambda: f"it is still running:\n{panel.text_content()[-2000:]}",
-        )  # fmt: skip
+            lambda: f"no further cell has ended:\n{panel.text_content()[-2000:]}",
+            progress=done.count,
+        )
         assert self.failures.all_text_contents() == []
         self.explorer = panel.locator(".jp-OutputArea-output:has(.widget-box)")
         expect(self.explorer).to_have_count(1)
@@ -142,10 +234,11 @@ class Notebook:
 
     def _run_all(self, first_prompt: Locator) -> None:
         dialog, said = self.tab.locator(".jp-Dialog"), []
-        for patience in (20_000, 60_000):  # ms; what is asked of a kernel that still connects may be dropped
+        # What is asked of a kernel that still connects may be dropped: ask again.
+        for patience in (60_000, 1000 * PATIENCE):  # ms
             while dialog.count():  # on a loaded machine JupyterLab may ask for a kernel: that of the notebook
                 said.append(dialog.first.inner_text())
-                dialog.first.locator(".jp-mod-accept").click(timeout=5_000)
+                dialog.first.locator(".jp-mod-accept").click(timeout=60_000)
                 expect(dialog).to_have_count(0)
             self.tab.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
             self.tab.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from holding import hold
 from tiny import CHAT_MODELS, FAMILIES, VOCABULARY, blocks, output_projection, save_chat, save_tiny
 from transformers import DynamicCache
 
@@ -380,11 +381,13 @@ def test_cached_results_are_the_same_and_run_nothing(llama, tmp_path):
         assert rows != []
 
 
-def generate_slowly(model_folder: Path, cache_folder: Path, result: Path, pause: float = 0.0) -> None:
-    """What the killed process does."""
+def generate_and_save(
+    model_folder: Path, cache_folder: Path, result: Path, hold_at: int | None = None
+) -> None:
+    """What the killed process does; it holds once the cache has `hold_at` entries."""
     torch.set_num_threads(1)
-    model, forwards = load(str(model_folder)), []
-    model._module.register_forward_pre_hook(lambda *_: (forwards.append(1), time.sleep(pause)) and None)
+    model = load(str(model_folder))
+    forwards = hold(model, cache_folder, hold_at)
     answers = generate(
         model, PROMPTS, CONDITIONS, max_new_tokens=NEW, batch_size=8, cache=Cache(cache_folder)
     )
@@ -397,19 +400,18 @@ def test_killed_generation_goes_on_and_ends_with_the_same_bits(tmp_path):
     context = multiprocessing.get_context("forkserver")
     folder = save_tiny("llama", tmp_path / "llama", chat=True)
 
-    def start(cache: str, result: str, pause: float = 0.0):
-        arguments = folder, tmp_path / cache, tmp_path / result, pause
-        process = context.Process(target=generate_slowly, args=arguments)
+    def start(cache: str, result: str, hold_at: int | None = None):
+        arguments = folder, tmp_path / cache, tmp_path / result, hold_at
+        process = context.Process(target=generate_and_save, args=arguments)
         process.start()
         return process
 
     def entries() -> set[tuple]:
         return {(p.name, p.stat().st_mtime_ns) for p in (tmp_path / "cache").glob("[!.]*.npz")}
 
-    process = start("cache", "killed.npz", pause=0.05)
-    deadline = time.monotonic() + 120
-    while len(entries()) < 3 and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    process = start("cache", "killed.npz", hold_at=3)
+    while len(entries()) < 3 and process.is_alive():
+        time.sleep(0.05)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed.npz").exists()
@@ -418,7 +420,7 @@ def test_killed_generation_goes_on_and_ends_with_the_same_bits(tmp_path):
 
     for name, cache in (("resumed", "cache"), ("whole", "other")):
         process = start(cache, f"{name}.npz")
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
     with np.load(tmp_path / "resumed.npz") as resumed, np.load(tmp_path / "whole.npz") as whole:
         for name in ("answers", "kl"):

@@ -62,7 +62,7 @@ def judge(tmp_path):
 
     def make(server: ApiServer | str, concurrency: int = 8, **options) -> OpenAICompatibleJudge:
         url = server if isinstance(server, str) else server.url
-        fixed = {"model": "judge", "key_variable": "TEST_API_KEY", "timeout": 5, "max_retries": 1}
+        fixed = {"model": "judge", "key_variable": "TEST_API_KEY", "timeout": 60, "max_retries": 1}
         endpoint = Endpoint(url, **fixed | options)
         path = tmp_path / "journal" / "verdicts.jsonl"
         return OpenAICompatibleJudge(path, endpoint, concurrency=concurrency)
@@ -343,7 +343,7 @@ def test_passing_fault_changes_nothing(serve, judge, fault):
         wrong = json.loads(question)["answer"] == answers[42] and seen[question] == 1
         return FAULTS[fault][0] if wrong else honest(question)
 
-    asked = judge(serve(reply), timeout=2 if fault == "timeout" else 20)
+    asked = judge(serve(reply), timeout=5 if fault == "timeout" else 60)
     assert rates(asked(prompts, answers)) == HEALTHY
     assert sum(seen.values()) == 101
 
@@ -357,7 +357,7 @@ def test_lasting_fault_is_counted_and_asked_again_by_the_next_run(serve, judge, 
         return FAULTS[fault][0] if json.loads(question)["answer"] in bad else honest(question)
 
     server = serve(reply)
-    asked = judge(server, timeout=2 if fault == "timeout" else 20)
+    asked = judge(server, timeout=5 if fault == "timeout" else 60)
     verdicts = asked(prompts, answers)
     assert read_grades(verdicts[:42] + verdicts[43:]) == [expected(a) for a in answers[:42] + answers[43:]]
     assert FAULTS[fault][1] in verdicts[42].reason and verdicts[42].reason.startswith("no reply: ")

@@ -47,7 +47,7 @@ class Kernel:
             elif message["msg_type"] == "stream":
                 said.append(content["text"])
 
-        reply = self.client.execute_interactive(code, allow_stdin=attended, output_hook=collect, timeout=120)
+        reply = self.client.execute_interactive(code, allow_stdin=attended, output_hook=collect, timeout=600)
         self.status = reply["content"]["status"]
         return re.sub(r"\x1b\[[0-9;]*m", "", "".join(said))
 

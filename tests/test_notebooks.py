@@ -88,7 +88,7 @@ def test_runs_with_small_parameters_from_any_folder(path, figures, tmp_path):
 @each_notebook
 def test_misspelt_parameter_stops_it(path, figures, tmp_path):
     command = [sys.executable, "-m", "papermill", path, "out.ipynb", "-p", "use_cash", "1"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert run.returncode != 0
     assert "use_cash: no such parameter; did you mean use_cache?" in run.stderr
     assert not figures.exists()

@@ -204,7 +204,7 @@ def writer(monkeypatch):
     def start(*replies):
         server = ApiServer(lambda _, number: Reply(replies[min(number, len(replies)) - 1])).__enter__()
         servers.append(server)
-        return Endpoint(server.url, "writer", "TEST_API_KEY", timeout=5, max_retries=0), server
+        return Endpoint(server.url, "writer", "TEST_API_KEY", timeout=60, max_retries=0), server
 
     yield start
     for server in servers:

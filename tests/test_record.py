@@ -328,9 +328,9 @@ class Ways:
         sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
         manager, client = start_new_kernel()
         for i in order or range(len(sources)):
-            reply = client.execute_interactive(sources[i], allow_stdin=True, timeout=60, output_hook=str)
+            reply = client.execute_interactive(sources[i], allow_stdin=True, timeout=600, output_hook=str)
             assert reply["content"]["status"] == "ok"
-            client.execute_interactive("1", store_history=False, timeout=60, output_hook=str)  # a tool
+            client.execute_interactive("1", store_history=False, timeout=600, output_hook=str)  # a tool
         client.stop_channels()
         manager.shutdown_kernel(now=True)
 

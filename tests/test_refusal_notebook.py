@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import papermill_runs as runs
 import pytest
 import torch
 from api_server import ApiServer, Reply
+from holding import holding
 from tiny import CHAT_MODELS, WORDS, save_chat, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -524,9 +526,9 @@ def organism_run(tmp_path_factory) -> Run:
 def test_run_that_is_killed_while_it_generates_ends_with_the_same_findings(tmp_path, organism_run):
     n = len(cached(organism_run.folder))
     for share in (0.2, 0.7):
-        process = start(tmp_path, ORGANISM)
+        process = start(tmp_path, ORGANISM, **holding(tmp_path / "site", "generate-*.npz", ceil(share * n)))
         while process.poll() is None and len(cached(tmp_path)) < share * n:
-            time.sleep(0.002)
+            time.sleep(0.05)
         runs.kill(process)
         before = cached(tmp_path)
         assert process.returncode == -signal.SIGKILL and share * n <= len(before) < n

@@ -58,7 +58,7 @@ def open_tab(browser, site):
 
     def open_tab(*, scheme: str = "light", width: int = 1280, base: str = site.as_uri()) -> Page:
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(120_000)
         contexts.append(context)
         tab = context.new_page()
 
