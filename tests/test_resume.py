@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from holding import hold
 from tiny import save_tiny
 
 from lib.interventions import Condition, ablation_sweep
@@ -29,11 +30,16 @@ BATCHES = 16
 ARRAYS = ("word_probabilities", "class_sums", "class_counts")
 
 
-def sweep(model_folder: Path, cache_folder: Path, result: Path, pause: float = 0.0) -> None:
-    """What the killed process does: a sweep with a cache, whose arrays are saved at the end."""
+def sweep(
+    model_folder: Path, cache_folder: Path, result: Path, hold_at: int | None = None, pause: float = 0.0
+) -> None:
+    """What the killed process does: a sweep with a cache, whose arrays are saved at the end.
+
+    It holds once the cache has `hold_at` entries, and pauses before every forward (s).
+    """
     torch.set_num_threads(1)
-    model, forwards = load(str(model_folder)), []
-    model._module.register_forward_pre_hook(lambda *_: (forwards.append(1), time.sleep(pause)) and None)
+    model = load(str(model_folder))
+    forwards = hold(model, cache_folder, hold_at, pause)
     rng = np.random.default_rng(1)
     labels = rng.integers(0, N_CLASSES, size=(N_SEQUENCES, LENGTH))
     ids = torch.from_numpy(np.pad(labels + 2, ((0, 0), (1, 0))))
@@ -72,7 +78,7 @@ def uninterrupted(start, model_folder, tmp_path_factory) -> dict[str, np.ndarray
 
 
 def finish(process) -> None:
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0
 
 
@@ -98,15 +104,14 @@ def test_sweep_that_was_killed_goes_on_and_ends_with_the_same_bits(
     start, model_folder, uninterrupted, tmp_path, done
 ):
     cache, result = tmp_path / "cache", tmp_path / "result.npz"
-    process = start(model_folder, cache, result, pause=0.05)
-    deadline = time.monotonic() + 120
-    while len(entries(cache)) < done and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    process = start(model_folder, cache, result, hold_at=done)
+    while len(entries(cache)) < done and process.is_alive():
+        time.sleep(0.05)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL and not result.exists()
     before = entries(cache)
-    assert done <= len(before) < BATCHES
+    assert len(before) == done
 
     finish(start(model_folder, cache, result))
     after, found = entries(cache), arrays(result)
