@@ -1,17 +1,15 @@
-"""Interventions on attention heads, and sweeps over them with the conditions in the batch.
+"""Interventions on attention heads and on the residual stream, and sweeps with the conditions in the batch.
 
-The unit of work is a batch of (condition, sequence) rows: every row carries its
-own mask of ablated heads, so that a sweep is a few large forwards. Nothing is
-computed twice: conditions that ablate the same heads run once, and a condition
-starts at the first layer in which it differs from one that has run, from that
-one's residual stream.
+The unit of work is a batch of (condition, sequence) rows: every row carries its own ablated heads and edits,
+so that a sweep is a few large forwards. Nothing is computed twice: conditions that do the same run once, and
+a condition starts at the first layer in which it differs from one that has run, from that one's stream.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from lib.batches import Batches, auto_batch_size
+from lib.generation import remove_subspace
 from lib.geometry import means_of
 from lib.models import ModelShape, TransformersModel, check_head, check_length, is_remote, provenance, shape
 from lib.progress import counting
@@ -27,24 +26,94 @@ from lib.record import Cache
 Head = tuple[int, int]  # (layer, head)
 
 
-@dataclass(frozen=True)
-class Condition:
-    """A set of heads to ablate; none is the baseline.
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Takes a subspace out of the stream of each sequence: x - scale * B^T B (x - centre).
 
     Attributes:
-        name: what the set is, such as "induction".
-        heads: (layer, head) pairs.
+        basis: orthonormal rows [sequence, k, d_model].
+        centre: what the stream is moved to within the subspace [sequence, d_model].
+        scale: of the removal, a number or one a sequence; 1 removes all.
+    """
+
+    basis: np.ndarray
+    centre: np.ndarray
+    scale: float | np.ndarray = 1.0
+
+    def of(self, sequence: int) -> Callable[[torch.Tensor], None]:
+        """Edits the stream of a sequence behind its prefix in place [token, d_model]."""
+        basis, centre = (torch.tensor(x[sequence], dtype=torch.float32) for x in (self.basis, self.centre))
+        scale = float(np.broadcast_to(self.scale, len(self.basis))[sequence])
+        return partial(remove_subspace, basis=basis, strength=scale, center=centre)
+
+    def shapes(self, n_sequences: int, n_tokens: int, d_model: int) -> dict[str, tuple[int, ...]]:
+        """What the arrays must be."""
+        scale = (n_sequences,) * np.ndim(self.scale)
+        basis = (n_sequences, *np.shape(self.basis)[1:2], d_model)
+        return {"basis": basis, "centre": (n_sequences, d_model), "scale": scale}
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """Adds to the stream of each token the vector of its class.
+
+    Attributes:
+        table: vector of each class [sequence, class, d_model].
+        nodes: class of each token behind the prefix, -1 where nothing is added, int [sequence, token].
+    """
+
+    table: np.ndarray
+    nodes: np.ndarray
+
+    def of(self, sequence: int) -> Callable[[torch.Tensor], None]:
+        """Edits the stream of a sequence behind its prefix in place [token, d_model]."""
+        nodes = self.nodes[sequence]
+        added = np.where(nodes[:, None] >= 0, self.table[sequence, nodes], 0)  # [token, d_model]
+        return partial(_add, added=torch.tensor(added, dtype=torch.float32))
+
+    def shapes(self, n_sequences: int, n_tokens: int, d_model: int) -> dict[str, tuple[int, ...]]:
+        """What the arrays must be."""
+        n_classes = max(int(np.max(self.nodes, initial=-1)) + 1, *np.shape(self.table)[1:2])
+        return {"table": (n_sequences, n_classes, d_model), "nodes": (n_sequences, n_tokens)}
+
+
+Edit = Projection | Shift
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is done to the model: heads that are ablated, and edits of the stream; nothing is the baseline.
+
+    Attributes:
+        name: what it is, such as "induction".
+        heads: (layer, head) pairs to ablate.
         draw: number of the random draw.
+        edits: layer -> edit of the stream at the input of that block, behind the prefix.
     """
 
     name: str
     heads: frozenset[Head]
     draw: int
+    edits: Mapping[int, Edit] = field(hash=False)
 
-    def __init__(self, name: str, heads: Iterable[Head] = (), draw: int = 0):
+    def __init__(
+        self, name: str, heads: Iterable[Head] = (), draw: int = 0, edits: Mapping[int, Edit] | None = None
+    ):
         heads = frozenset((int(layer), int(head)) for layer, head in heads)
-        for field, value in {"name": name, "heads": heads, "draw": draw}.items():
-            object.__setattr__(self, field, value)
+        edits = {int(layer): edit for layer, edit in (edits or {}).items()}
+        for name_, value in {"name": name, "heads": heads, "draw": draw, "edits": edits}.items():
+            object.__setattr__(self, name_, value)
+
+    def first_difference(self, other: Condition) -> float:
+        """The first layer in which this condition does something else than another; infinity if none."""
+        layers = {layer for layer, _ in self.heads ^ other.heads}
+        # The same edit is the same object: arrays are not compared.
+        layers |= {
+            layer
+            for layer in self.edits.keys() | other.edits.keys()
+            if self.edits.get(layer) is not other.edits.get(layer)
+        }
+        return min(layers, default=float("inf"))
 
 
 @dataclass(frozen=True)
@@ -53,16 +122,21 @@ class Sweep:
 
     Attributes:
         conditions: in the order asked.
-        word_probabilities: of each word at the next token, float32 [condition, sequence, token, word].
-        class_sums: residual stream at the input of the read layer, summed over the window's
-            tokens of each class, float32 [condition, sequence, class, d_model].
+        positions: tokens behind the prefix at which words were read, int [position].
+        word_probabilities: of each word at the token after, float32 [condition, sequence, position, word].
+        layers: where class sums were taken, rising: i is the input of block i, after any edit there; the
+            number of blocks is the output of the last one.
+        class_sums: residual stream, summed over the tokens of each class, float32
+            [condition, sequence, layer, class, d_model].
         class_counts: number of those tokens [sequence, class].
         work: share of the blocks' forwards that was run, the rest was shared between conditions; NaN of a
             selection, which was not run by itself.
     """
 
     conditions: tuple[Condition, ...]
+    positions: np.ndarray
     word_probabilities: np.ndarray
+    layers: tuple[int, ...]
     class_sums: np.ndarray
     class_counts: np.ndarray
     work: float
@@ -71,26 +145,32 @@ class Sweep:
         """Indices of the conditions of a name, with k heads or with any number."""
         return [i for i, c in enumerate(self.conditions) if c.name == name and k in (None, len(c.heads))]
 
-    def select(self, conditions: Sequence[int]) -> Sweep:
-        """The sweep of these conditions alone, by index."""
-        rows = list(conditions)
+    def select(self, conditions: Sequence[int] | None = None, layers: Sequence[int] | None = None) -> Sweep:
+        """The sweep of these conditions, by index, and these of its `layers` alone; None is all."""
+        rows = list(range(len(self.conditions)) if conditions is None else conditions)
+        layers = self.layers if layers is None else tuple(sorted(layers))
+        sums = self.class_sums if conditions is None else self.class_sums[rows]
         return replace(
             self,
             conditions=tuple(self.conditions[i] for i in rows),
             word_probabilities=self.word_probabilities[rows],
-            class_sums=self.class_sums[rows],
+            layers=layers,
+            class_sums=sums[:, :, [self.layers.index(layer) for layer in layers]],
             work=float("nan"),
         )
 
-    def class_means(self, sequences: np.ndarray | None = None) -> np.ndarray:
-        """Class means [condition, class, d_model], NaN for a class that never occurs.
+    def class_means(self, sequences: np.ndarray | None = None, *, per_sequence: bool = False) -> np.ndarray:
+        """Class means, float64 [condition, layer, class, d_model]; NaN for a class that never occurs.
 
         Args:
             sequences: indices to average over, with repetitions for a bootstrap; all by default.
+            per_sequence: do not average over sequences: [condition, sequence, layer, class, d_model].
         """
         rows = slice(None) if sequences is None else sequences
-        sums = self.class_sums[:, rows].astype(np.float64).sum(1)
-        return means_of(sums, self.class_counts[rows].sum(0))
+        sums, counts = self.class_sums[:, rows], self.class_counts[rows]
+        if per_sequence:
+            return means_of(sums, counts[:, None])
+        return means_of(sums.sum(1, dtype=np.float64), counts.sum(0))
 
 
 def ablate_heads(block, ablated: torch.Tensor, fill: torch.Tensor | None = None) -> None:
@@ -253,83 +333,6 @@ def layer_controls(
     return conditions
 
 
-def layer_class_sums(
-    model: TransformersModel,
-    ids: torch.Tensor,
-    labels: np.ndarray,
-    n_classes: int,
-    *,
-    conditions: Sequence[Condition] = (Condition("baseline"),),
-    fill: torch.Tensor | None = None,
-    n_prefix: int = 1,
-    batch_size: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Class sums of the residual stream at every layer, over all sequences, under every condition.
-
-    Args:
-        model: from `lib.models.load`.
-        ids: token ids [sequence, prefix + token].
-        labels: class of each token after the prefix, -1 for none [sequence, token]; or several groupings of
-            the tokens at once [grouping, sequence, token], with classes of their own each.
-        n_classes: number of classes, of all groupings together.
-        conditions: which heads to ablate in each; the model as it is by default.
-        fill: what the outputs of ablated heads become [layer, head, d_head]; zero by default.
-        n_prefix: leading tokens that are not measured.
-        batch_size: sequences a forward; 0 chooses by memory.
-
-    Returns:
-        The sums, float32 [condition, layer, class, d_model]: layer i is the input of block i, the last entry
-        the output of the last block. And the number of tokens in them, int [class]. Means:
-        `lib.geometry.means_of`.
-
-    Raises:
-        ValueError: labels that do not fit the sequences or the classes, sequences or heads that the model
-            does not have, activations that are not finite.
-    """
-    sizes, groupings = shape(model), labels.reshape(-1, *labels.shape[-2:])
-    _check_sequences(model, ids, n_prefix)
-    for grouping in groupings:
-        _check_labels(grouping, ids, n_prefix, n_classes)
-    for head in sorted(frozenset().union(*(condition.heads for condition in conditions))):
-        check_head(sizes, *head)
-    unique, masks = distinct_heads(conditions, sizes)
-    plan = SweepPlan(masks, shared=not is_remote(model))
-    groups = torch.from_numpy(groupings)
-
-    def run(rows: range) -> torch.Tensor:
-        batch, of = ids[rows.start : rows.stop].to(model.device), groups[:, rows.start : rows.stop]
-        sums = torch.empty(len(unique), sizes.n_layers + 1, n_classes, sizes.d_model)
-        streams = {}  # condition, layer: where others go on from
-        for i, ablated in enumerate(masks):
-            layers = {layer for layer, _ in unique[i]}
-            parent, first = plan.parents[i], plan.starts[i]
-            entry, wanted = streams.get((parent, first)), plan.wanted[i]
-            fills = None if fill is None else fill.to(model.device)
-            with torch.no_grad(), model.trace(batch, use_cache=False) as tracer:
-                kept, read = {}, []
-                for index, block in enumerate(model.layers):
-                    if index < first:
-                        block.skip(entry)
-                        continue
-                    stream = block.input
-                    if index in wanted:
-                        kept[index] = stream.detach().clone()
-                    read.append(class_sums(stream[:, n_prefix:], of, n_classes).sum(0).cpu())
-                    if index in layers:
-                        ablate_heads(block, ablated[index], None if fills is None else fills[index])
-                read.append(class_sums(model.layers[-1].output[:, n_prefix:], of, n_classes).sum(0).cpu())
-                measured = {"kept": kept, "sums": torch.stack(read)}.save()
-                tracer.stop()
-            streams |= {(i, index): stream for index, stream in measured["kept"].items()}
-            sums[i, :first] = sums[parent, :first]
-            sums[i, first:] = measured["sums"]
-        return sums
-
-    sums = sum(Batches(batch_size or auto_batch_size(model, ids.shape[1])).map(run, range(len(ids)))).numpy()
-    places = [unique.index(condition.heads) for condition in conditions]
-    return sums[places], sum(_class_counts(grouping, n_classes).sum(0) for grouping in groupings)
-
-
 def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     """Sums of activations by class [batch, class, d] of stream [batch, token, d] and labels [batch, token].
 
@@ -341,10 +344,7 @@ def class_sums(stream: torch.Tensor, labels: torch.Tensor, n_classes: int) -> to
     """
     # The extremes are finite only if every entry is: no mask as large as the stream.
     if stream.numel() and not torch.stack(stream.detach().aminmax()).isfinite().all():
-        raise ValueError(
-            f"activations overflowed in {str(stream.dtype).removeprefix('torch.')}: some are NaN or "
-            "infinite; load the model with dtype 'bfloat16' or 'float32'"
-        )
+        raise _overflow(stream.dtype)
     classes = torch.arange(n_classes, device=stream.device)[:, None]
     one_hot = labels.to(stream.device)[..., None, :] == classes  # [..., batch, class, token]
     if labels.ndim == 3:
@@ -359,8 +359,8 @@ def word_probabilities(
     """Inside a trace: next-token probabilities of a few words, without keeping the other logits.
 
     Args:
-        final_stream: `model.norm.output` [batch, token, d_model].
-        word_ids: [word].
+        final_stream: `model.norm.output`, or some of its positions [batch, token, d_model].
+        word_ids: [word], or those of each row [batch, word].
         max_logits: logits that may exist at a time, taken by slices of the vocabulary; 0 is half a million
             (2 MB in float32) on a CPU and 128 million elsewhere.
 
@@ -369,24 +369,25 @@ def word_probabilities(
     """
     unembedding = model.lm_head._module
     weight, bias = unembedding.weight.detach(), unembedding.bias
-    stream, word_ids = final_stream.detach().flatten(0, 1).to(weight), word_ids.to(weight.device)
+    stream = final_stream.detach().flatten(0, 1).to(weight)
     max_logits = max_logits or (2**19 if stream.device.type == "cpu" else 2**27)
     size = min(len(weight), max(1, max_logits // len(stream)))
     # One buffer for all slices: to allocate and free each of them scatters the heap, and the process grows.
     buffer = stream.new_empty(len(stream), size)
     n_slices = -(-len(weight) // size)
     sums = torch.empty(len(stream), n_slices, dtype=torch.float32, device=stream.device)  # [token, slice]
-
-    def logits(rows: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        torch.mm(stream, weight[rows].T, out=out)
-        return (out if bias is None else out.add_(bias[rows])).float()
-
     for i, start in enumerate(range(0, len(weight), size)):
-        part = logits(slice(start, start + size), buffer[:, : len(weight) - start])
+        rows, out = slice(start, start + size), buffer[:, : len(weight) - start]
+        torch.mm(stream, weight[rows].T, out=out)
+        part = (out if bias is None else out.add_(bias[rows])).float()
         highest = part.amax(-1)
         sums[:, i] = part.sub_(highest[:, None]).exp_().sum(-1).log_().add_(highest)
-    of_words = logits(word_ids, stream.new_empty(len(stream), len(word_ids)))
-    return (of_words - sums.logsumexp(-1, keepdim=True)).exp().unflatten(0, final_stream.shape[:2])
+    words = word_ids.to(weight.device).expand(len(final_stream), -1)  # [batch, word]
+    with torch.autocast(stream.device.type, enabled=False):  # NDIF's would round to bfloat16
+        of_words = stream.view(*final_stream.shape[:2], -1) @ weight[words].mT
+    if bias is not None:
+        of_words += bias[words][:, None]
+    return (of_words.float() - sums.logsumexp(-1).view(*final_stream.shape[:2], 1)).exp()
 
 
 def ablation_sweep(
@@ -394,27 +395,33 @@ def ablation_sweep(
     ids: torch.Tensor,
     conditions: Sequence[Condition],
     *,
-    word_ids: Sequence[int],
-    labels: np.ndarray,
-    n_classes: int,
-    layer: int,
+    word_ids: Sequence[int] | np.ndarray = (),
+    positions: Sequence[int] | np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    n_classes: int = 0,
+    layers: Sequence[int] | None = None,
     fill: torch.Tensor | None = None,
     n_prefix: int = 1,
     batch_size: int = 0,
     cache: Cache | None = None,
 ) -> Sweep:
-    """Run every sequence under every condition and measure predictions and class sums.
+    """Run every sequence under every condition; read predictions and class sums of the stream on the way.
 
     Args:
         model: from `lib.models.load`.
         ids: token ids, equal lengths, no padding [sequence, prefix + token].
-        conditions: which heads to ablate in each condition.
-        word_ids: vocabulary ids whose probability is wanted [word].
-        labels: class of each token after the prefix, -1 for none [sequence, token].
-        n_classes: number of classes.
-        layer: class sums are taken at the input of this block.
+        conditions: which heads to ablate and which edits to make in each condition.
+        word_ids: vocabulary ids whose probability is wanted [word], or those of each sequence
+            [sequence, word]; none by default.
+        positions: tokens behind the prefix at which it is wanted; all by default. No other logit is computed.
+        labels: class of each token behind the prefix, -1 for none [sequence, token]; or several groupings of
+            the tokens at once [grouping, sequence, token], with classes of their own each. Without labels no
+            class sums are taken.
+        n_classes: number of classes, of all groupings together.
+        layers: at the input of which blocks class sums are taken, `n_layers` for the output of the last one;
+            all of these by default.
         fill: outputs that replace those of ablated heads [layer, head, d_head]; zero by default.
-        n_prefix: leading tokens (BOS) that are read by the model and not measured.
+        n_prefix: leading tokens (BOS) that are read by the model and neither measured nor edited.
         batch_size: rows a forward; 0 chooses by memory. Halved when memory runs out.
         cache: keeps every finished batch, so that an interrupted sweep goes on where it was.
 
@@ -422,150 +429,138 @@ def ablation_sweep(
         Sweep.
 
     Raises:
-        ValueError: a head, layer, word or sequence that the model does not have, labels or a fill of another
-            shape, no condition, activations that are not finite; naming it.
+        ValueError: a head, layer, word, position or sequence that the model does not have, labels, a fill or
+            an edit of another shape, no condition, nothing to read, activations that are not finite; naming
+            it.
     """
-    sizes = shape(model)
-    _check_sweep(model, ids, conditions, word_ids, labels, n_classes, layer, fill, n_prefix)
-    unique, masks = distinct_heads(conditions, sizes)
+    sizes, n_tokens = shape(model), ids.shape[-1] - n_prefix
+    _check_sequences(model, ids, n_prefix)
+    words = np.asarray(word_ids, dtype=int)
+    words = np.broadcast_to(words, (len(ids), words.shape[-1])) if words.ndim < 2 else words
+    positions = np.arange(n_tokens) if positions is None else np.asarray(positions, dtype=int)
+    positions = positions if words.size else positions[:0]
+    if labels is None:
+        labels, layers = np.full((len(ids), n_tokens), -1), ()
+    layers = tuple(range(sizes.n_layers + 1) if layers is None else sorted({int(i) for i in layers}))
+    groupings = labels.reshape(-1, *labels.shape[-2:])  # [grouping, sequence, token]
+    _check_sweep(sizes, ids, conditions, words, positions, groupings, n_classes, layers, fill, n_prefix)
+    reach = sizes.n_layers if len(positions) else layers[-1]  # nothing is read further up
     # Streams that one trace of a remote model keeps for another would travel twice.
-    plan = SweepPlan(masks, shared=not is_remote(model))
+    plan = _Plan(conditions, reach, shared=not is_remote(model))
     rows_per_batch = batch_size or auto_batch_size(model, ids.shape[1])
-    reader = SweepReader(
-        model,
-        ids,
-        word_ids=torch.as_tensor(list(word_ids)),
-        labels=torch.from_numpy(labels),
-        n_classes=n_classes,
-        layer=layer,
-        n_prefix=n_prefix,
-        fill=fill,
-        plan=plan,
-        batch_size=rows_per_batch,
-    )
+    reader = _Reader(
+        model, ids, torch.from_numpy(words.copy()), torch.from_numpy(n_prefix + positions),
+        torch.from_numpy(groupings), n_classes, layers, fill, n_prefix, plan, Batches(rows_per_batch),
+    )  # fmt: skip
     key = {
         "model": provenance(model),
         "ids": ids.numpy(),
+        "word_ids": words,
+        "positions": positions,
         "labels": labels,
         "n_classes": n_classes,
-        "n_prefix": n_prefix,
-        "word_ids": [int(word) for word in word_ids],
-        "layer": layer,
+        "layers": layers,
         "fill": "zero" if fill is None else fill.numpy(),
+        "n_prefix": n_prefix,
         "rows_per_batch": rows_per_batch,
     }
 
-    # Where the results of each set of heads go. A baseline that nobody asked for comes last, and is cut off.
-    n = len(conditions)
-    places = [[i for i in range(n) if conditions[i].heads == heads] or [n] for heads in unique]
-    probabilities = np.empty((n + 1, *labels.shape, len(word_ids)), dtype=np.float32)
-    sums = np.empty((n + 1, len(ids), n_classes, sizes.d_model), dtype=np.float32)
-    with counting("ablation sweep", len(unique) * len(ids)) as count:
+    probabilities = np.empty((len(conditions), len(ids), len(positions), words.shape[1]), dtype=np.float32)
+    sums = np.empty((len(conditions), len(ids), len(layers), n_classes, sizes.d_model), dtype=np.float32)
+    with counting("ablation sweep", len(plan.conditions) * len(ids)) as count:
         # Few sequences at a time, because the streams that other rows start from are kept for all of them.
         for sequences in _chunks(range(len(ids)), min(rows_per_batch, 16)):
             batches = plan.batches(sequences, rows_per_batch)
             reader.begin(batches)
             for batch in batches:
-                rows = {"rows": [(sorted(unique[i]), sequence) for i, sequence in batch]}
+                rows = {"rows": [(_described(plan.conditions[i]), sequence) for i, sequence in batch]}
                 run = partial(reader.run, batch)
                 measured = cache.get("ablation_sweep", key | rows, run) if cache else run()
+                start = int(np.searchsorted(layers, plan.starts[batch[0][0]]))
                 for row, (i, sequence) in enumerate(batch):
-                    probabilities[places[i], sequence] = measured["probabilities"][row]
-                    if plan.starts[i] <= layer:
-                        sums[places[i], sequence] = measured["class_sums"][row]
-                    else:  # the row differs from its parent above the read layer only
-                        sums[places[i], sequence] = sums[places[plan.parents[i]][0], sequence]
+                    probabilities[plan.places[i], sequence] = measured["probabilities"][row]
+                    # Below the layer at which a row starts, its stream is that of its parent.
+                    below = sums[plan.places[plan.parents[i]][0], sequence, :start]
+                    sums[plan.places[i], sequence] = np.concatenate([below, measured["class_sums"][row]])
                 reader.release(batch)
                 count(len(batch))
 
-    work = sum(sizes.n_layers - start for start in plan.starts) / (sizes.n_layers * n)
-    return Sweep(tuple(conditions), probabilities[:n], sums[:n], _class_counts(labels, n_classes), work)
+    work = sum(reach - start for start in plan.starts) / (sizes.n_layers * len(conditions))
+    counts = sum(_class_counts(grouping, n_classes) for grouping in groupings)
+    return Sweep(tuple(conditions), positions, probabilities, layers, sums, counts, work)
 
 
 # -- how a sweep is run ----------------------------------------------------------------------------
 
 
-def distinct_heads(
-    conditions: Sequence[Condition], sizes: ModelShape
-) -> tuple[list[frozenset[Head]], torch.Tensor]:
-    """The sets of heads that differ, the baseline's first, and their masks bool [set, layer, head]."""
-    unique = list(dict.fromkeys([frozenset(), *(condition.heads for condition in conditions)]))
-    masks = torch.zeros(len(unique), sizes.n_layers, sizes.n_heads, dtype=torch.bool)
-    for mask, heads in zip(masks, unique, strict=True):
-        for head in heads:
-            mask[head] = True
-    return unique, masks
-
-
-class SweepPlan:
+class _Plan:
     """Which condition goes on from which.
 
+    Each starts from the earlier one that it shares most layers with. The layers that two conditions share are
+    a common prefix, so the layers run are the nodes of a prefix tree, whatever the order: no plan runs fewer.
+
     Attributes:
-        masks: bool [condition, layer, head]; condition 0 is the baseline.
-        parents: the condition whose stream each one starts from; the baseline's is itself.
+        conditions: those that differ.
+        places: indices of each among all conditions.
+        parents: the condition whose stream each one starts from; the first one's is itself.
         starts: the first layer in which a condition differs from its parent; 0 runs whole.
         wanted: layers at whose input the stream of each condition is needed by others.
 
     Args:
+        reach: the last layer that is read: conditions that differ above it are the same.
         shared: whether conditions go on from others at all.
     """
 
-    def __init__(self, masks: torch.Tensor, shared: bool = True):
-        self.masks = masks
-        self.parents, self.starts, generations = [0], [0], [0]
-        if not shared:
-            self.parents, self.starts, generations = ([0] * len(masks) for _ in range(3))
-        for i in range(len(self.starts), len(masks)):
-            differs = (masks[:i] != masks[i]).any(-1)  # [earlier, layer]
-            first = differs.float().argmax(-1)  # sets are distinct, so every row differs somewhere
-            parent = int(first.argmax())  # of equals the earliest: it runs below its children's start
+    def __init__(self, conditions: Sequence[Condition], reach: int, shared: bool = True):
+        self.conditions: list[Condition] = []
+        self.places: list[list[int]] = []
+        self.parents: list[int] = []
+        self.starts: list[int] = []
+        for place, condition in enumerate(conditions):
+            shared_layers = [condition.first_difference(other) for other in self.conditions] or [0]
+            most = max(shared_layers)
+            parent = shared_layers.index(most)  # of equals the earliest, which itself starts further down
+            if most > reach:
+                self.places[parent].append(place)
+                continue
+            self.conditions.append(condition)
+            self.places.append([place])
             self.parents.append(parent)
-            self.starts.append(int(first[parent]))
-            generations.append(generations[parent] + 1)
-        self.wanted: list[set[int]] = [set() for _ in masks]
-        for i in range(1, len(masks)):
-            if self.starts[i]:
-                self.wanted[self.parents[i]].add(self.starts[i])
-        self._order = sorted(range(len(masks)), key=lambda i: (generations[i], self.starts[i], i))
-        self._level = [(generations[i], self.starts[i]) for i in range(len(masks))]
+            self.starts.append(int(most) if shared else 0)
+        self.wanted: list[set[int]] = [set() for _ in self.conditions]
+        for parent, start in zip(self.parents, self.starts, strict=True):
+            if start:
+                self.wanted[parent].add(start)
 
     def batches(self, sequences: Sequence[int], size: int) -> list[list[tuple[int, int]]]:
         """(condition, sequence) rows in batches that start at one layer, parents before children."""
+        order = sorted(range(len(self.conditions)), key=lambda i: self.starts[i])
         return [
             batch
-            for _, members in groupby(self._order, key=lambda i: self._level[i])
+            for _, members in groupby(order, key=lambda i: self.starts[i])
             for batch in _chunks([(i, sequence) for i in members for sequence in sequences], size)
         ]
 
 
-class SweepReader:
+@dataclass
+class _Reader:
     """Runs batches of (condition, sequence) rows, and keeps the streams that later rows start from.
 
-    Args:
-        model, ids, n_classes, layer, n_prefix, fill: of `ablation_sweep`.
-        word_ids: int [word].
-        labels: int [sequence, token].
-        plan: which condition goes on from which.
-        batch_size: rows a forward at most.
+    Attributes: see `ablation_sweep`; word_ids of each sequence, positions counted with the prefix, labels
+    with their grouping.
     """
 
-    def __init__(
-        self,
-        model: TransformersModel,
-        ids: torch.Tensor,
-        *,
-        word_ids: torch.Tensor,
-        labels: torch.Tensor,
-        n_classes: int,
-        layer: int,
-        n_prefix: int,
-        fill: torch.Tensor | None,
-        plan: SweepPlan,
-        batch_size: int,
-    ):
-        self.model, self.ids, self.layer, self.n_prefix = model, ids, layer, n_prefix
-        self.word_ids, self.labels, self.n_classes = word_ids, labels, n_classes
-        self.fill, self.plan, self.batches = fill, plan, Batches(batch_size)
+    model: TransformersModel
+    ids: torch.Tensor
+    word_ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    n_classes: int
+    layers: tuple[int, ...]
+    fill: torch.Tensor | None
+    n_prefix: int
+    plan: _Plan
+    batches: Batches
 
     def begin(self, batches: list[list[tuple[int, int]]]) -> None:
         """Take up another group of sequences, which these batches hold."""
@@ -582,53 +577,63 @@ class SweepReader:
                 self.streams.pop(origin, None)
 
     def run(self, batch: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-        """Measure rows that all start at one block."""
+        """Measure rows that all start at one block: probabilities, and class sums from there on."""
         done = list(self.batches.map(self._forward, batch))
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
     def _forward(self, rows: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         # Names of their own, for a remote model is sent what the block below names.
         model, device, n_prefix, plan = self.model, self.model.device, self.n_prefix, self.plan
-        read_layer, n_classes = self.layer, self.n_classes
-        condition, sequence = (list(column) for column in zip(*rows, strict=True))
-        ids, labels = self.ids[sequence].to(device), self.labels[sequence]
-        masks, word_ids = plan.masks[condition].to(device), self.word_ids.to(device)  # [batch, layer, head]
-        ablated = masks.any(dim=0).any(dim=-1).tolist()  # [layer]
+        layers, n_classes, positions = self.layers, self.n_classes, self.positions.to(device)
+        indices, sequences = (list(column) for column in zip(*rows, strict=True))
+        n_layers, n_heads = len(model.layers), shape(model).n_heads
+        ids, word_ids = self.ids[sequences].to(device), self.word_ids[sequences]
+        labels = self.labels[:, sequences]
         fills = None if self.fill is None else self.fill.to(device)
-        first = plan.starts[condition[0]]
-        entry = None
-        if first:
-            entry = torch.stack([self._entry(row) for row in rows]).to(device)
-        # Rows whose stream others start from, by layer.
-        kept = {
-            index: [row for row, i in enumerate(condition) if index in plan.wanted[i]]
-            for index in set().union(*(plan.wanted[i] for i in condition))
-        }
+        first, last = plan.starts[indices[0]], n_layers if len(positions) else layers[-1]
+        entry = torch.stack([self._entry(row) for row in rows]).to(device) if first else None
+        # What happens to which rows, by layer.
+        ablated, edits, kept = {}, {}, {}
+        for row, (i, sequence) in enumerate(rows):
+            for layer, head in plan.conditions[i].heads:
+                mask = ablated.setdefault(layer, torch.zeros(len(rows), n_heads, dtype=torch.bool))
+                mask[row, head] = True
+            for layer, edit in plan.conditions[i].edits.items():
+                edits.setdefault(layer, []).append((row, edit.of(sequence)))
+            for layer in plan.wanted[i]:
+                kept.setdefault(layer, []).append(row)
 
         with torch.no_grad(), model.trace(ids, use_cache=False) as tracer:
-            streams, sums = {}, None
+            streams, sums, words = {}, [], torch.empty(len(rows), 0, word_ids.shape[1])
             for index, block in enumerate(model.layers):
                 if index < first:
                     block.skip(entry)
                     continue
                 if index in kept:
                     streams[index] = block.input[kept[index]].detach().cpu()
-                if index == read_layer:
-                    sums = class_sums(block.input[:, n_prefix:], labels, n_classes).cpu()
-                if ablated[index]:
-                    ablate_heads(block, masks[:, index], None if fills is None else fills[index])
-            words = word_probabilities(model, model.norm.output[:, n_prefix:], word_ids).cpu()
+                for row, apply in edits.get(index, ()):
+                    apply(block.input[row, n_prefix:])
+                if index in layers:
+                    sums.append(class_sums(block.input[:, n_prefix:], labels, n_classes).cpu())
+                if index == last:
+                    break
+                if index in ablated:
+                    ablate_heads(block, ablated[index], None if fills is None else fills[index])
+            if n_layers in layers:
+                sums.append(class_sums(model.layers[-1].output[:, n_prefix:], labels, n_classes).cpu())
+            if len(positions):
+                words = word_probabilities(model, model.norm.output[:, positions], word_ids).cpu()
             measured = {"streams": streams, "class_sums": sums, "probabilities": words}.save()
             tracer.stop()
 
         for index, stream in measured["streams"].items():
             for row, kept_stream in zip(kept[index], stream, strict=True):
                 self.streams[*rows[row], index] = kept_stream
-        sums = measured["class_sums"]
-        return {
-            "probabilities": measured["probabilities"].numpy(),
-            "class_sums": np.empty((len(rows), 0)) if sums is None else sums.numpy(),
-        }
+        empty = torch.empty(len(rows), 0, n_classes, shape(model).d_model)
+        sums = torch.stack(measured["class_sums"], 1) if measured["class_sums"] else empty
+        if not measured["probabilities"].isfinite().all():
+            raise _overflow(next(model._module.parameters()).dtype)
+        return {"probabilities": measured["probabilities"].numpy(), "class_sums": sums.numpy()}
 
     def _origin(self, row: tuple[int, int]) -> tuple[int, int, int]:
         """Whose stream a row starts from, and where: (condition, sequence, layer)."""
@@ -646,33 +651,56 @@ class SweepReader:
 
 
 def _check_sweep(
-    model: TransformersModel,
+    sizes: ModelShape,
     ids: torch.Tensor,
     conditions: Sequence[Condition],
-    word_ids: Sequence[int],
-    labels: np.ndarray,
+    words: np.ndarray,
+    positions: np.ndarray,
+    groupings: np.ndarray,
     n_classes: int,
-    layer: int,
+    layers: tuple[int, ...],
     fill: torch.Tensor | None,
     n_prefix: int,
 ) -> None:
     """Everything about a sweep that can be wrong before its first forward."""
-    sizes = shape(model)
+    n_tokens = ids.shape[1] - n_prefix
     if not len(conditions):
         raise ValueError("no condition to run; give at least Condition('baseline')")
+    if not len(positions) and not layers:
+        raise ValueError("nothing to read: give word_ids, or labels and layers")
     for condition in conditions:
         for head in sorted(condition.heads):
             check_head(sizes, *head, f"condition {condition.name!r} ablates ")
-    if not 0 <= layer < sizes.n_layers:
-        raise ValueError(f"layer {layer}: the model has layers 0 to {sizes.n_layers - 1}")
-    _check_sequences(model, ids, n_prefix)
-    _check_labels(labels, ids, n_prefix, n_classes)
-    if not len(word_ids):
-        raise ValueError("word_ids is empty: give the tokens whose probability is wanted")
-    for name, tokens in (("word_ids", torch.as_tensor(list(word_ids))), ("ids", ids)):
-        strange = tokens[(tokens < 0) | (tokens >= sizes.n_vocabulary)]
+        for layer, edit in condition.edits.items():
+            subject = f"condition {condition.name!r}, edit at layer {layer}: "
+            if not 0 <= layer < sizes.n_layers:
+                raise ValueError(f"{subject}the model has layers 0 to {sizes.n_layers - 1}")
+            for name, expected in edit.shapes(len(ids), n_tokens, sizes.d_model).items():
+                if np.shape(getattr(edit, name)) != expected:
+                    found = np.shape(getattr(edit, name))
+                    raise ValueError(f"{subject}{name} must be of shape {expected}, not {found}")
+                if not np.isfinite(getattr(edit, name)).all():
+                    raise ValueError(f"{subject}{name} is not finite")
+    for layer in layers:
+        if not 0 <= layer <= sizes.n_layers:
+            raise ValueError(
+                f"layer {layer}: the model has layers 0 to {sizes.n_layers - 1}, and {sizes.n_layers} for "
+                "the output of the last one"
+            )
+    for grouping in groupings:
+        _check_labels(grouping, len(ids), n_tokens, n_classes)
+    if len(words) != len(ids):
+        raise ValueError(
+            f"word_ids must be [word] or [sequence, word] with {len(ids)} rows, not {words.shape}"
+        )
+    for name, numbers, limit, unit in (
+        ("word_ids", words, sizes.n_vocabulary, "tokens of this model"),
+        ("ids", ids.numpy(), sizes.n_vocabulary, "tokens of this model"),
+        ("positions", positions, n_tokens, "tokens behind the prefix"),
+    ):
+        strange = numbers[(numbers < 0) | (numbers >= limit)]
         if len(strange):
-            raise ValueError(f"{name}: {strange[0]} is none of the {sizes.n_vocabulary} tokens of this model")
+            raise ValueError(f"{name}: {strange[0]} is none of the {limit} {unit}")
     of_heads = (sizes.n_layers, sizes.n_heads, sizes.d_head)
     if fill is not None and tuple(fill.shape) != of_heads:
         raise ValueError(f"fill must be [layer, head, d_head] = {of_heads}, not {tuple(fill.shape)}")
@@ -686,13 +714,32 @@ def _check_sequences(model: TransformersModel, ids: torch.Tensor, n_prefix: int)
     check_length(model, ids.shape[1])
 
 
-def _check_labels(labels: np.ndarray, ids: torch.Tensor, n_prefix: int, n_classes: int) -> None:
-    expected = (len(ids), ids.shape[1] - n_prefix)
+def _check_labels(labels: np.ndarray, n_sequences: int, n_tokens: int, n_classes: int) -> None:
+    expected = (n_sequences, n_tokens)
     if labels.shape != expected:
         raise ValueError(f"labels must be [sequence, token behind prefix] = {expected}, not {labels.shape}")
     strange = labels[(labels < -1) | (labels >= n_classes)]
     if len(strange):
         raise ValueError(f"labels: {strange[0]} is none of the {n_classes} classes, nor -1 for none")
+
+
+def _overflow(dtype: torch.dtype) -> ValueError:
+    return ValueError(
+        f"activations overflowed in {str(dtype).removeprefix('torch.')}: some are NaN or infinite; load the "
+        "model with dtype 'bfloat16' or 'float32'"
+    )
+
+
+def _described(condition: Condition) -> dict:
+    """What a condition does, as part of a key."""
+    edits = {
+        str(layer): vars(edit) | {"kind": type(edit).__name__} for layer, edit in condition.edits.items()
+    }
+    return {"heads": sorted(condition.heads), "edits": edits}
+
+
+def _add(stream: torch.Tensor, added: torch.Tensor) -> None:
+    stream += added.to(stream.device)
 
 
 def _class_counts(labels: np.ndarray, n_classes: int) -> np.ndarray:

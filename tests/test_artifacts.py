@@ -52,13 +52,13 @@ def test_activations_give_what_study_1_computes(tmp_path, suffix):
     # As notebook 01 does it, with the sweep's sums of each walk.
     sums = interventions.class_sums(torch.from_numpy(stream), torch.from_numpy(nodes), N).numpy()
     counts = (nodes[..., None] == np.arange(N)).sum(1)
-    sweep = interventions.Sweep((), np.empty(0), sums[None], counts, 1.0)
+    sweep = interventions.Sweep((), np.empty(0), np.empty(0), (0,), sums[None, :, None], counts, 1.0)
 
     def energies(members):
-        return geometry.plane_energy(sweep.class_means(members)[0], GRID)
+        return geometry.plane_energy(sweep.class_means(members)[0, 0], GRID)
 
     energy = statistics.Estimate(*map(float, statistics.bootstrap(energies, len(nodes), n_resamples=60)))
-    plane = geometry.pca(sweep.class_means()[0]).projection
+    plane = geometry.pca(sweep.class_means()[0, 0]).projection
     null = geometry.shuffled_label_null(geometry.dirichlet_energy, plane, GRID, 1000, 0)
     metric = found.metrics["energy"]
     assert [metric.value, *metric.interval] == pytest.approx(list(energy), rel=1e-5)

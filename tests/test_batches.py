@@ -12,7 +12,7 @@ from tiny import CONFIGS, save_tiny
 
 from lib.attention import attention_spectra, head_scores, second_copy_loss
 from lib.batches import Batches, auto_batch_size, auto_rows
-from lib.interventions import Condition, ablation_sweep, layer_class_sums, mean_head_outputs
+from lib.interventions import Condition, ablation_sweep, mean_head_outputs
 from lib.models import load
 
 N_CLASSES, LENGTH = 5, 12
@@ -29,7 +29,7 @@ STIMULUS = dict(n_sequences=7, period=6, bos=0)
 
 def sweep(model, batch_size, fill=None):
     found = ablation_sweep(
-        model, IDS, CONDITIONS, word_ids=[2, 3], labels=LABELS, n_classes=N_CLASSES, layer=2, fill=fill,
+        model, IDS, CONDITIONS, word_ids=[2, 3], labels=LABELS, n_classes=N_CLASSES, fill=fill,
         batch_size=batch_size,
     )  # fmt: skip
     return np.concatenate([found.word_probabilities.ravel(), found.class_sums.ravel()])
@@ -39,9 +39,6 @@ MEASUREMENTS = {
     "ablation_sweep": sweep,
     "ablation_sweep, mean": lambda model, n: sweep(model, n, fill=torch.ones(3, 4, 8)),
     "mean_head_outputs": lambda model, n: mean_head_outputs(model, IDS, batch_size=n).numpy(),
-    "layer_class_sums": lambda model, n: layer_class_sums(
-        model, IDS, LABELS, N_CLASSES, conditions=CONDITIONS, batch_size=n
-    )[0],
     "attention_spectra": lambda model, n: attention_spectra(model, IDS, n_prefix=1, batch_size=n),
     "head_scores": lambda model, n: head_scores(model, range(2, 30), **STIMULUS, batch_size=n).induction,
     "second_copy_loss": lambda model, n: second_copy_loss(model, range(2, 30), **STIMULUS, batch_size=n),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
+import networkx as nx
 import numpy as np
 import pytest
 import torch
 from tiny import CONFIGS, FAMILIES, VOCABULARY, WORDS, blocks, output_projection, save_tiny
 
-from lib.geometry import means_of
+from lib import interventions
 from lib.interventions import (
     Condition,
+    Projection,
+    Shift,
     ablate_heads,
     ablation_conditions,
     ablation_sweep,
     class_sums,
-    layer_class_sums,
     layer_controls,
     mean_head_outputs,
     word_probabilities,
@@ -49,8 +53,24 @@ def stimulus(n: int = 3) -> tuple[torch.Tensor, np.ndarray]:
     return torch.from_numpy(ids), labels
 
 
-def hooked_logits(module, ids, heads, fill=None):
-    """Plain torch: overwrite head slices at the input of the output projection with a forward pre-hook."""
+def edited(x: torch.Tensor, edit: Projection | Shift) -> torch.Tensor:
+    """One token behind the prefix at a time [sequence, token, d]."""
+    x = x.clone()
+    for row, t in itertools.product(range(len(x)), range(1, x.shape[1])):
+        if isinstance(edit, Projection):
+            basis, centre = (torch.tensor(array[row]).float() for array in (edit.basis, edit.centre))
+            scale = edit.scale if np.isscalar(edit.scale) else float(edit.scale[row])
+            x[row, t] -= scale * sum(((x[row, t] - centre) @ b) * b for b in basis)
+        elif edit.nodes[row, t - 1] >= 0:
+            x[row, t] += torch.tensor(edit.table[row, edit.nodes[row, t - 1]]).float()
+    return x
+
+
+def hooked_logits(module, ids, condition, fill=None):
+    """Plain torch: logits, and what every block reads, the last entry what the last one puts out.
+
+    Head slices at the input of the output projection are overwritten, and streams edited, by hooks.
+    """
     n_heads = module.config.num_attention_heads
     captured, handles = {}, []
     for index, block in enumerate(blocks(module)):
@@ -58,15 +78,23 @@ def hooked_logits(module, ids, heads, fill=None):
         def overwrite(_, args, index=index):
             z = args[0].clone()
             d_head = z.shape[-1] // n_heads
-            for layer, head in heads:
+            for layer, head in condition.heads:
                 if layer == index:
                     z[..., head * d_head : (head + 1) * d_head] = 0 if fill is None else fill[layer, head]
             return (z,)
 
+        def enter(_, args, index=index):
+            edit = condition.edits.get(index)
+            captured[index] = args[0] if edit is None else edited(args[0], edit)
+            return captured[index], *args[1:]
+
         handles.append(output_projection(block).register_forward_pre_hook(overwrite))
-        handles.append(
-            block.register_forward_pre_hook(lambda _, args, index=index: captured.update({index: args[0]}))
-        )
+        handles.append(block.register_forward_pre_hook(enter))
+
+    def leave(_, args, output):
+        captured[index + 1] = output if isinstance(output, torch.Tensor) else output[0]
+
+    handles.append(block.register_forward_hook(leave))
     with torch.no_grad():
         logits = module(input_ids=ids, use_cache=False).logits
     for handle in handles:
@@ -86,8 +114,8 @@ def test_ablation_equals_torch_hooks(model, mode):
         for index, block in enumerate(model.layers):
             ablate_heads(block, mask[index], None if fill is None else fill[index])
         logits = model.lm_head.output.save()
-    expected, _ = hooked_logits(model._module, ids, heads, fill)
-    baseline, _ = hooked_logits(model._module, ids, [])
+    expected, _ = hooked_logits(model._module, ids, Condition("some", heads), fill)
+    baseline, _ = hooked_logits(model._module, ids, Condition("baseline"))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert (expected - baseline).abs().max() > 1e-2  # the ablation did something
 
@@ -108,39 +136,141 @@ def test_mean_head_outputs_equal_hooks(model):
         torch.testing.assert_close(means[index], naive, rtol=1e-4, atol=1e-6)
 
 
+def edits(n: int = 3) -> tuple[Projection, Projection, Shift]:
+    """Of every sequence its own: planes, lines of which a part is taken out, steps of some tokens."""
+    rng, (_, labels) = np.random.default_rng(2), stimulus(n)
+    planes = np.linalg.qr(rng.standard_normal((n, 32, 2)))[0].swapaxes(1, 2)
+    lines = np.linalg.qr(rng.standard_normal((n, 32, 1)))[0].swapaxes(1, 2)
+    return (
+        Projection(planes, rng.standard_normal((n, 32))),
+        Projection(lines, np.zeros((n, 32)), rng.uniform(0.5, 1.5, n)),
+        Shift(rng.standard_normal((n, N_CLASSES, 32)), np.where(labels == 3, -1, labels)),
+    )
+
+
 @pytest.mark.parametrize("mode", ["zero", "mean"])
 def test_sweep_equals_one_forward_at_a_time(model, mode):
     ids, labels = stimulus()
     fill = mean_head_outputs(model, ids) if mode == "mean" else None
-    word_ids = [2, 3, 4, 5, 6]
+    plane, line, shift = edits()
+    conditions = [
+        *CONDITIONS,
+        Condition("plane", edits={2: plane}),
+        Condition("line of a range", edits={1: line, 2: line}),
+        Condition("other range", edits={1: line, 2: plane}),
+        Condition("shift under ablation", [(1, 0), (2, 3)], edits={2: shift}),
+        Condition("shift", edits={0: shift}),
+    ]
+    # Two groupings of the tokens; other words and positions than all.
+    groupings = np.stack([np.where(labels == 4, -1, labels), N_CLASSES + labels[:, ::-1]])
+    word_ids, positions = np.array([[2, 3, 9], [4, 5, 2], [6, 2, 3]]), [0, 7, 11]
     sweep = ablation_sweep(
-        model,
-        ids,
-        CONDITIONS,
-        word_ids=word_ids,
-        labels=labels,
-        n_classes=N_CLASSES,
-        layer=LAYER,
-        fill=fill,
-        batch_size=4,
-    )
-    for c, condition in enumerate(CONDITIONS):
-        logits, streams = hooked_logits(model._module, ids, condition.heads, fill)
-        expected = logits.softmax(-1)[:, 1:, word_ids].numpy()
-        np.testing.assert_allclose(sweep.word_probabilities[c], expected, rtol=1e-4, atol=1e-6)
-        stream = streams[LAYER][:, 1:].numpy()
-        for node in range(N_CLASSES):
-            naive = stream[labels == node].mean(0)
-            np.testing.assert_allclose(sweep.class_means()[c, node], naive, rtol=1e-4, atol=1e-5)
-    # "one late" starts at layer 2, "two layers" at 1, "first layer" at 0, the duplicate nowhere.
-    assert sweep.work == pytest.approx((3 + 1 + 2 + 3) / (5 * 3))
+        model, ids, conditions, word_ids=word_ids, positions=positions, labels=groupings,
+        n_classes=2 * N_CLASSES, fill=fill, batch_size=4,
+    )  # fmt: skip
+    assert sweep.layers == (0, 1, 2, 3) and sweep.class_sums.shape == (10, 3, 4, 10, 32)
+    assert sweep.positions.tolist() == positions and sweep.word_probabilities.shape == (10, 3, 3, 3)
+    means = sweep.class_means(per_sequence=True)
+    for c, condition in enumerate(conditions):
+        logits, streams = hooked_logits(model._module, ids, condition, fill)
+        for row in range(3):
+            expected = logits.softmax(-1)[row, 1:, word_ids[row]][positions]
+            np.testing.assert_allclose(sweep.word_probabilities[c, row], expected, rtol=1e-4, atol=1e-6)
+        for layer, node in itertools.product(range(4), range(2 * N_CLASSES)):
+            stream, here = streams[layer][:, 1:].numpy(), (groupings == node).any(0)
+            if node == 4:
+                assert np.isnan(sweep.class_means()[c, layer, node]).all()
+                continue
+            np.testing.assert_allclose(
+                sweep.class_means()[c, layer, node], stream[here].mean(0), rtol=1e-4, atol=1e-4
+            )
+            for row in range(3):
+                wanted = stream[row][here[row]].mean(0) if here[row].any() else np.full(32, np.nan)
+                np.testing.assert_allclose(means[c, row, layer, node], wanted, rtol=1e-4, atol=1e-4)
+    # Layers run, of ten times three: edits start where they are, others where heads are, a duplicate nowhere.
+    assert sweep.work == pytest.approx((3 + 1 + 2 + 0 + 3 + 1 + 2 + 1 + 1 + 3) / 30)
     np.testing.assert_array_equal(sweep.word_probabilities[1], sweep.word_probabilities[3])
+    np.testing.assert_array_equal(sweep.class_sums[1], sweep.class_sums[3])
+
+
+def test_edits_in_bfloat16_are_made_in_float32(tmp_path):
+    ids, labels = stimulus()
+    model = load(str(save_tiny("llama", tmp_path)), dtype="bfloat16")
+    plane, _, shift = edits()
+    conditions = [Condition("plane", edits={1: plane}), Condition("shift", edits={2: shift})]
+    sweep = ablation_sweep(model, ids, conditions, word_ids=range(2, 8), labels=labels, n_classes=N_CLASSES)
+    for found, condition in zip(sweep.word_probabilities, conditions, strict=True):
+        logits, _ = hooked_logits(model._module, ids, condition)
+        expected = logits.float().softmax(-1)[:, 1:, 2:8]
+        np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.01)
+
+
+def test_nothing_is_run_that_nobody_reads(llama, monkeypatch):
+    ids, labels = stimulus()
+    calls, read = [], interventions.word_probabilities
+    modules = {"head": llama._module.lm_head, "block 2": llama._module.model.layers[2]}
+    handles = [
+        each.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, each in modules.items()
+    ]
+
+    def counted(model, stream, word_ids, max_logits=0):
+        calls.append(tuple(stream.shape[:2]))
+        return read(model, stream, word_ids, max_logits)
+
+    monkeypatch.setattr(interventions, "word_probabilities", counted)
+    words = ablation_sweep(llama, ids, CONDITIONS[:1], word_ids=[2], positions=[3, 5])
+    assert calls == ["block 2", (3, 2)] and words.class_sums.size == 0 and words.layers == ()
+    calls.clear()
+    sums = ablation_sweep(llama, ids, CONDITIONS, labels=labels, n_classes=N_CLASSES, layers=[1, 0])
+    assert calls == [] and sums.word_probabilities.size == 0 and sums.layers == (0, 1)
+    assert sums.work == (1 + 0 + 0 + 0 + 1) / 15, "what differs above block 1 is not run"
+    for handle in handles:
+        handle.remove()
+    whole = ablation_sweep(llama, ids, CONDITIONS, word_ids=[2], labels=labels, n_classes=N_CLASSES)
+    chosen = whole.select(layers=[1, 0])
+    assert chosen.layers == (0, 1) and np.isnan(chosen.work)
+    np.testing.assert_allclose(chosen.class_sums, sums.class_sums, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        whole.word_probabilities[:1, :, [3, 5]], words.word_probabilities, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_plan_runs_fewer_layers(seed):
+    """The layers run are those of a maximum spanning tree over pairs of conditions, in any order."""
+    rng, edit = np.random.default_rng(seed), Projection(np.zeros((1, 1, 8)), np.zeros((1, 8)))
+    conditions = [Condition("baseline")]
+    for i in range(24):
+        order = [divmod(int(head), 5) for head in rng.permutation(50)]
+        placed = {int(rng.integers(10)): edit} if i % 3 == 0 else {}
+        conditions += [Condition("nested", order[:k], edits=placed) for k in (1, 4, 15)]
+    conditions = [conditions[i] for i in rng.permutation(len(conditions))]
+    plan = interventions._Plan(conditions, 10)
+    pairs = nx.Graph()
+    for a, b in itertools.combinations(plan.conditions, 2):
+        pairs.add_edge(a, b, weight=a.first_difference(b))
+    assert sum(plan.starts) == nx.maximum_spanning_tree(pairs).size("weight")
+    seen = set()
+    for batch in plan.batches(range(2), 3):
+        assert len({plan.starts[i] for i, _ in batch}) == 1 and len(batch) <= 3
+        assert all(plan.starts[i] == 0 or (plan.parents[i], sequence) in seen for i, sequence in batch)
+        seen |= set(batch)
+    assert len(seen) == 2 * len(plan.conditions)
 
 
 def test_layer_that_the_model_lacks_is_named(llama):
     ids, labels = stimulus()
-    with pytest.raises(ValueError, match="layer 3: the model has layers 0 to 2"):
-        ablation_sweep(llama, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=3)
+    with pytest.raises(ValueError, match="layer 4: the model has layers 0 to 2, and 3 for the output"):
+        ablation_sweep(llama, ids, CONDITIONS[:1], labels=labels, n_classes=N_CLASSES, layers=[4])
+
+
+def edit_of(at: int = 1, **arrays) -> dict:
+    edit = Projection(**({"basis": np.zeros((3, 1, 32)), "centre": np.zeros((3, 32))} | arrays))
+    return {"conditions": [Condition("bad", edits={at: edit})]}
+
+
+def shift_of(nodes: np.ndarray) -> dict:
+    return {"conditions": [Condition("bad", edits={1: Shift(np.zeros((3, 2, 32)), nodes)})]}
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -151,29 +281,37 @@ def test_layer_that_the_model_lacks_is_named(llama):
     ({"labels": np.zeros((3, 11), int)}, r"labels must be .* = \(3, 12\), not \(3, 11\)"),
     ({"labels": np.full((3, 12), N_CLASSES)}, "labels: 5 is none of the 5 classes, nor -1 for none"),
     ({"labels": np.full((3, 12), -2)}, "labels: -2 is none"),
-    ({"word_ids": []}, "word_ids is empty"),
+    ({"word_ids": [], "layers": []}, "nothing to read: give word_ids, or labels and layers"),
+    ({"labels": None, "positions": []}, "nothing to read"),
+    ({"positions": [0, 12]}, "positions: 12 is none of the 12 tokens behind the prefix"),
+    ({"word_ids": [[2], [3]]}, r"word_ids must be \[word\] or \[sequence, word\] with 3 rows, not \(2, 1\)"),
     ({"word_ids": [2, -1]}, f"word_ids: -1 is none of the {VOCABULARY} tokens"),
     ({"word_ids": [VOCABULARY]}, f"word_ids: {VOCABULARY} is none"),
     ({"ids": torch.full((3, 13), VOCABULARY)}, f"ids: {VOCABULARY} is none"),
     ({"fill": torch.zeros(3, 4, 1)}, r"fill must be .* = \(3, 4, 8\), not \(3, 4, 1\)"),
     ({"fill": torch.zeros(3, 1, 8)}, r"fill must be .* = \(3, 4, 8\), not \(3, 1, 8\)"),
+    (edit_of(at=3), "condition 'bad', edit at layer 3: the model has layers 0 to 2"),
+    (edit_of(basis=np.zeros((2, 1, 32))), r"layer 1: basis must be of shape \(3, 1, 32\), not \(2, 1, 32\)"),
+    (edit_of(centre=np.zeros(32)), r"centre must be of shape \(3, 32\), not \(32,\)"),
+    (edit_of(scale=np.ones(2)), r"scale must be of shape \(3,\), not \(2,\)"),
+    (edit_of(centre=np.full((3, 32), np.nan)), "centre is not finite"),
+    (shift_of(nodes=np.zeros((3, 13), int)), r"nodes must be of shape \(3, 12\), not \(3, 13\)"),
+    (shift_of(nodes=np.full((3, 12), 2)), r"table must be of shape \(3, 3, 32\), not \(3, 2, 32\)"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named_before_a_forward(llama, monkeypatch, changes, message):
     ids, labels = stimulus()
-    what = dict(ids=ids, conditions=CONDITIONS, word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=1)
+    what = dict(ids=ids, conditions=CONDITIONS, word_ids=[2], labels=labels, n_classes=N_CLASSES, layers=[1])
     monkeypatch.setattr(llama, "trace", lambda *_, **__: pytest.fail("a forward was run"))
     with pytest.raises(ValueError, match=message):
         ablation_sweep(llama, **(what | changes))
 
 
-def test_readings_without_sequences_or_with_labels_that_do_not_fit(llama):
-    ids, labels = stimulus()
+def test_mean_head_outputs_without_sequences_or_tokens(llama):
+    ids, _ = stimulus()
     with pytest.raises(ValueError, match="with a sequence at least"):
         mean_head_outputs(llama, ids[:0])
     with pytest.raises(ValueError, match="leaves nothing of sequences of 1 tokens"):
         mean_head_outputs(llama, ids[:, :1])
-    with pytest.raises(ValueError, match="labels: 4 is none of the 4 classes"):
-        layer_class_sums(llama, ids, np.full_like(labels, 4), 4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -193,7 +331,7 @@ def test_sweep_of_a_model_that_overflows_names_the_dtype(tmp_path):
     ids[1, 3] = 7
     with pytest.raises(ValueError, match="overflowed in float16"):
         ablation_sweep(
-            model, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=1
+            model, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES, layers=[1]
         )  # fmt: skip
 
 
@@ -238,10 +376,10 @@ def test_word_probabilities_with_a_bias_and_of_logits_beyond_exp(tmp_path):
 def test_absent_class_is_nan_not_zero(llama):
     ids, labels = stimulus()
     sweep = ablation_sweep(
-        llama, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES + 1, layer=1
+        llama, ids, CONDITIONS[:1], word_ids=[2], labels=labels, n_classes=N_CLASSES + 1, layers=[1]
     )
-    assert np.isnan(sweep.class_means()[0, N_CLASSES]).all()
-    assert np.isfinite(sweep.class_means()[0, :N_CLASSES]).all()
+    assert np.isnan(sweep.class_means()[0, 0, N_CLASSES]).all()
+    assert np.isfinite(sweep.class_means()[0, 0, :N_CLASSES]).all()
 
 
 RANKED = {"a": [(0, 0), (0, 1), (2, 3), (1, 2)], "b": [(2, 3), (2, 0), (0, 0), (1, 1)]}
@@ -291,51 +429,6 @@ def test_k_beyond_the_heads_is_named():
         ablation_conditions(RANKED, [], n_draws=1, n_layers=3, n_heads=4)
 
 
-def test_layer_class_sums_equal_hidden_states(model):
-    ids, labels = stimulus()
-    labels = np.where(labels == 4, -1, labels)
-    [sums], counts = layer_class_sums(model, ids, labels, N_CLASSES, batch_size=2)
-    assert sums.shape == (4, N_CLASSES, 32) and (sums[:, 4] == 0).all()
-    with torch.no_grad():
-        out = model._module(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    for layer in range(3):  # hidden_states[3] is after the final norm; the output of the last block is not
-        stream = out[layer][:, 1:].numpy()
-        for node in range(4):
-            np.testing.assert_allclose(sums[layer, node], stream[labels == node].sum(0), rtol=1e-4, atol=1e-5)
-    assert counts.tolist() == [(labels == node).sum() for node in range(N_CLASSES)]
-    means = means_of(sums, counts)
-    assert np.isnan(means[:, 4]).all() and np.isfinite(means[:, :4]).all()
-
-
-@pytest.mark.parametrize("filled", [False, True])
-def test_layer_class_sums_of_conditions_are_those_of_sweeps(model, filled):
-    ids, labels = stimulus()
-    fill = torch.ones(3, 4, shape(model).d_head) if filled else None
-    read, counts = layer_class_sums(
-        model, ids, labels, N_CLASSES, conditions=CONDITIONS, fill=fill, batch_size=2
-    )
-    assert read.shape == (len(CONDITIONS), 4, N_CLASSES, 32)
-    for layer in range(3):
-        sweep = ablation_sweep(
-            model, ids, CONDITIONS, word_ids=[2], labels=labels, n_classes=N_CLASSES, layer=layer, fill=fill
-        )
-        found, wanted = means_of(read[:, layer], counts), sweep.class_means()
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(read[0, 3], read[1, 3], rtol=1e-3), "after the last block the ablation shows"
-
-
-def test_tokens_count_in_a_class_of_every_grouping(llama):
-    ids, labels = stimulus()
-    other = labels[:, ::-1].copy()
-    [both], counts = layer_class_sums(llama, ids, np.stack([labels, N_CLASSES + other]), 2 * N_CLASSES)
-    for part, grouping in ((slice(0, N_CLASSES), labels), (slice(N_CLASSES, None), other)):
-        [alone], of = layer_class_sums(llama, ids, grouping, N_CLASSES)
-        np.testing.assert_allclose(both[:, part], alone, rtol=1e-5, atol=1e-6)
-        assert counts[part].tolist() == of.tolist()
-    with pytest.raises(ValueError, match="head 2.4; the model has layers 0 to 2"):
-        layer_class_sums(llama, ids, labels, N_CLASSES, conditions=[Condition("bad", [(2, 4)])])
-
-
 def test_controls_by_layer():
     ranked = {"a": [(1, 0), (1, 1), (1, 2), (1, 3)], "b": [(2, 3), (2, 0), (0, 0), (0, 1)]}
     found = layer_controls(ranked, [1, 2, 4], n_draws=3, n_layers=3, n_heads=4, seed=1)
@@ -372,7 +465,7 @@ def test_head_that_the_model_lacks_is_named(llama):
             word_ids=[2],
             labels=labels,
             n_classes=N_CLASSES,
-            layer=1,
+            layers=[1],
         )
 
 
@@ -383,7 +476,13 @@ def test_sequences_beyond_the_positions_are_refused(llama):
         ValueError, match=f"{limit + 1} tokens .* more than the {limit} positions .* lower seq_len"
     ):
         ablation_sweep(
-            llama, ids, CONDITIONS[:1], word_ids=[2], labels=np.zeros((1, limit), int), n_classes=1, layer=1
+            llama,
+            ids,
+            CONDITIONS[:1],
+            word_ids=[2],
+            labels=np.zeros((1, limit), int),
+            n_classes=1,
+            layers=[1],
         )
 
 
@@ -392,9 +491,9 @@ def test_baseline_that_is_not_asked_for_and_repeated_sets(llama):
     ids, labels = stimulus()
     arguments = dict(word_ids=[2, 3], labels=labels, n_classes=N_CLASSES)
     for layer in range(3):
-        whole = ablation_sweep(llama, ids, CONDITIONS, layer=layer, **arguments)
+        whole = ablation_sweep(llama, ids, CONDITIONS, layers=[layer], **arguments)
         order = [4, 1, 3, 2]
-        part = ablation_sweep(llama, ids, [CONDITIONS[i] for i in order], layer=layer, **arguments)
+        part = ablation_sweep(llama, ids, [CONDITIONS[i] for i in order], layers=[layer], **arguments)
         chosen = whole.select(order)
         assert part.conditions == chosen.conditions and np.isnan(chosen.work)
         np.testing.assert_allclose(part.word_probabilities, chosen.word_probabilities, rtol=1e-5, atol=1e-7)
@@ -403,7 +502,7 @@ def test_baseline_that_is_not_asked_for_and_repeated_sets(llama):
 
 def test_cached_sweep_is_the_same_and_runs_nothing(llama, tmp_path):
     ids, labels = stimulus()
-    arguments = dict(word_ids=[2, 3], labels=labels, n_classes=N_CLASSES, layer=LAYER, batch_size=2)
+    arguments = dict(word_ids=[2, 3], labels=labels, n_classes=N_CLASSES, layers=[LAYER], batch_size=2)
     first = ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **arguments)
     forwards = []
     handle = llama._module.register_forward_pre_hook(lambda *_: forwards.append(1))

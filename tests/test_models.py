@@ -222,7 +222,7 @@ def test_released_layouts_load_and_are_intervened_on_like_plain_torch(layout, tm
     assert (expected - intact).abs().max() > 1e-2
 
     # The same through the sweep of study 1, the attention of study 2, and the answers of study 3.
-    what = {"word_ids": ids[0, 1:].tolist(), "labels": np.arange(16)[None], "n_classes": 16, "layer": 2}
+    what = {"word_ids": ids[0, 1:].tolist(), "labels": np.arange(16)[None], "n_classes": 16}
     sweep = ablation_sweep(model, ids, [Condition("intact"), Condition("one", [(layer, head)])], **what)
     for found, whole in zip(sweep.word_probabilities[:, 0], (intact, expected), strict=True):
         wanted = whole[0, 1:].float().softmax(-1)[:, ids[0, 1:]]

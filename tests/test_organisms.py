@@ -379,7 +379,7 @@ def measure(model_id: str) -> dict[str, float]:
     walks, words = random_walks(graph, 16, 400, seed=0), models.word_ids(model, graph.words)
     ids = np.pad(np.array(words)[walks], ((0, 0), (1, 0)), constant_values=models.bos_id(model))
     intact, ids = [Condition("baseline")], torch.from_numpy(ids)
-    sweep = ablation_sweep(model, ids, intact, word_ids=words, labels=walks, n_classes=16, layer=0)
+    sweep = ablation_sweep(model, ids, intact, word_ids=words)
     accuracy = rule_following_accuracy(sweep.word_probabilities[0], walks, graph)
     scores = attention.head_scores(model, models.plain_token_ids(model), bos=models.bos_id(model))
     return {

@@ -23,7 +23,7 @@ from tiny import WORDS, save_tiny, use_hub
 from transformers import GenerationConfig
 
 from lib import ROOT, attention, batches, generation, interventions, models, refusal
-from lib.interventions import Condition
+from lib.interventions import Condition, Projection, Shift
 from lib.models import ModelError
 from lib.parameters import ParameterError, check, schemas
 from lib.prompts import SPLITS
@@ -92,7 +92,10 @@ CHOSEN = torch.linalg.qr(torch.randn(32, 2, generator=torch.Generator().manual_s
 def sweep(model, fill=None):
     conditions = [Condition("baseline")]
     conditions += [Condition(name, heads) for name, heads in HEADS.items()]
-    what = dict(word_ids=[3, 5, 8], labels=LABELS, n_classes=4, layer=2, batch_size=6)
+    planes, shifts = CHOSEN.expand(5, -1, -1).numpy(), np.linspace(-1, 1, 640).reshape(5, 4, 32)
+    conditions.append(Condition("plane", HEADS["b"], edits={1: Projection(planes, shifts[:, 0], 0.5)}))
+    conditions.append(Condition("shift", edits={2: Shift(shifts, LABELS)}))
+    what = dict(word_ids=[3, 5, 8], labels=LABELS, n_classes=4, batch_size=6)
     found = interventions.ablation_sweep(model, IDS, conditions, fill=fill, **what)
     return found.word_probabilities, found.class_sums
 
@@ -109,7 +112,6 @@ TRACES = {
         attention.second_copy_loss, tokens=range(2, 30), n_sequences=4, period=10, bos=0
     ),
     "mean_head_outputs": lambda model: interventions.mean_head_outputs(model, IDS, batch_size=2),
-    "layer_class_sums": lambda model: interventions.layer_class_sums(model, IDS, LABELS, 4, batch_size=2),
     "ablation_sweep": lambda model: sweep(model),
     "ablation_sweep, mean": lambda model: sweep(model, torch.linspace(-1, 1, 96).reshape(3, 4, 8)),
     "last_token_streams": lambda model: generation.last_token_streams(model, PROMPTS),

@@ -44,7 +44,7 @@ def sweep(
     labels = rng.integers(0, N_CLASSES, size=(N_SEQUENCES, LENGTH))
     ids = torch.from_numpy(np.pad(labels + 2, ((0, 0), (1, 0))))
     found = ablation_sweep(
-        model, ids, CONDITIONS, word_ids=range(2, 7), labels=labels, n_classes=N_CLASSES, layer=2,
+        model, ids, CONDITIONS, word_ids=range(2, 7), labels=labels, n_classes=N_CLASSES,
         batch_size=ROWS, cache=Cache(cache_folder),
     )  # fmt: skip
     np.savez(result, n_forwards=len(forwards), **{name: getattr(found, name) for name in ARRAYS})

@@ -203,13 +203,13 @@ def test_outcome_is_that_of_the_studys_sweep(ablations):
     word_ids = models.word_ids(ablations.model, graph.words)
     sweep = ablation_sweep(
         ablations.model, models.with_bos(ablations.model, np.array(word_ids)[nodes]), [Condition("a", heads)],
-        word_ids=word_ids, labels=np.where(np.arange(90) >= 50, nodes, -1), n_classes=16, layer=4,
+        word_ids=word_ids, labels=np.where(np.arange(90) >= 50, nodes, -1), n_classes=16, layers=[4],
     )  # fmt: skip
     outcome = ablations(heads)
     np.testing.assert_allclose(
         outcome.accuracy, rule_following_accuracy(sweep.word_probabilities, nodes, graph)[0], atol=1e-5
     )
-    np.testing.assert_allclose(outcome.means, sweep.class_means()[0], atol=1e-4)
+    np.testing.assert_allclose(outcome.means, sweep.class_means()[0, 0], atol=1e-4)
     assert ablations(reversed(heads)) is outcome, "a set of heads is measured once"
     assert ablations.score()[0] > ablations.score(heads)[0] + 0.1
 

@@ -74,12 +74,12 @@ class HeadAblations:
                 word_ids=word_ids,
                 labels=np.where(np.arange(n_tokens) >= n_tokens - self.window, self.nodes, -1),
                 n_classes=self.graph.n_nodes,
-                layer=self.layer,
+                layers=[self.layer],
                 fill=self._fill,
             )
             accuracy = rule_following_accuracy(sweep.word_probabilities, self.nodes, self.graph)
             for i, condition in enumerate(sweep.conditions):
-                self._seen[condition.heads] = Outcome(accuracy[i], sweep.class_means()[i])
+                self._seen[condition.heads] = Outcome(accuracy[i], sweep.class_means()[i, 0])
         return self._seen[heads]
 
     def score(self, heads: Iterable[Head] = ()) -> tuple[float, float]:
