@@ -83,7 +83,7 @@ def draw_graph(
     labels: Sequence[str] | None = None,
     values: np.ndarray | None = None,
     limit: float | None = None,
-    colour: str = BLUE,
+    colour: str | np.ndarray = BLUE,
 ) -> Axes:
     """Draw points with the graph's edges between them, such as class means in their PCA plane.
 
@@ -94,7 +94,7 @@ def draw_graph(
         values: [node], colours the nodes on a diverging map symmetric about 0; negative ones are squares.
         limit: value at the ends of that map, None for the largest |value|. Give one to panels that
             are compared.
-        colour: of all nodes, without values.
+        colour: of all nodes, or of each [node, 3] (`node_colours`), without values.
     """
     positions = np.asarray(positions, dtype=np.float64)
     if positions.shape != (graph.n_nodes, 2):
@@ -106,7 +106,9 @@ def draw_graph(
     edges = graph.edges[seen[graph.edges].all(axis=1)]
     ax.add_collection(LineCollection(positions[edges], colors="0.72", linewidths=1.0, zorder=1))
     if values is None:
-        ax.scatter(*positions[seen].T, s=22, color=colour, zorder=2)
+        ax.scatter(
+            *positions[seen].T, s=22, color=colour if isinstance(colour, str) else colour[seen], zorder=2
+        )
     else:
         values, limit = np.asarray(values), np.abs(values).max() if limit is None else limit
         negative = values < -1e-6 * limit  # what is 0 but for rounding has no sign
@@ -136,6 +138,25 @@ def draw_graph(
         absent = ", ".join(label or str(node) for node, label in enumerate(labels) if not seen[node])
         ax.set_xlabel(f"not seen: {absent}", fontsize=7.5, color=VERMILLION)
     return ax
+
+
+def node_colours(graph: Graph) -> np.ndarray:
+    """A colour for each node by where it is drawn, so that neighbours have like ones: RGB [node, 3].
+
+    A mixture of four, one for each corner of the drawing.
+    """
+    low, high = graph.positions.min(0), graph.positions.max(0)
+    x, y = ((graph.positions - low) / np.maximum(high - low, 1e-9)).T[..., None]
+    blue, vermillion, green, orange = (
+        np.array(mpl.colors.to_rgb(c)) for c in (BLUE, VERMILLION, GREEN, ORANGE)
+    )
+    return (1 - y) * ((1 - x) * blue + x * green) + y * ((1 - x) * vermillion + x * orange)
+
+
+def shades(hue: str, n: int) -> list[tuple[float, float, float]]:
+    """`n` shades of a hue, from light to the hue itself, for a family of lines that are in order."""
+    full, white = np.array(mpl.colors.to_rgb(hue)), np.ones(3)
+    return [tuple(full * (1 - w) + white * w) for w in np.linspace(0.65, 0, n)]
 
 
 def draw_band(

@@ -181,8 +181,35 @@ class Study:
         self._reopen()
         self._artifact(f"{name}.html", html.encode(), alt)
 
-    def claim(self, claim: Claim) -> None:
-        """Add a claim to the record; one with the same id is replaced."""
+    def claim(
+        self,
+        claim: Claim | str,
+        statement: str = "",
+        estimate: Any = None,
+        *,
+        source: str = "here",
+        reason: str = "",
+        **rule: Any,
+    ) -> None:
+        """Add a claim to the record; one with the same id is replaced.
+
+        Args:
+            claim: its id, or a whole `Claim`.
+            statement: in a sentence.
+            estimate: of `lib.statistics`, a bare number, which has no interval, or None.
+            source: who made it.
+            reason: why it was not tested; without an estimate.
+            rule: above, below or between, and n, unit and published, as for `Claim.test`.
+        """
+        if isinstance(claim, str):
+            if estimate is None:
+                told = {name: rule[name] for name in ("published", "unit") if name in rule}
+                claim = Claim.not_tested(claim, statement, source=source, reason=reason, **told)
+            else:
+                value, *ends = estimate if isinstance(estimate, tuple) else (estimate,)
+                # Of one draw there is nothing to take an interval over, and none of width 0 is told.
+                interval = tuple(ends) if ends and ends[0] < ends[1] else None
+                claim = Claim.test(claim, statement, source=source, measured=value, interval=interval, **rule)
         self._reopen()
         self._claims[claim.id] = claim
 
