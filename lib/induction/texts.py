@@ -1,0 +1,61 @@
+"""Walks as texts that a model reads, a placing of the words on the graph for each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lib.models import TransformersModel, check_length, with_bos, word_ids
+from lib.walks import Graph, layouts, random_walks
+
+
+class Texts(NamedTuple):
+    """Walks on one graph, each with its words dealt to the nodes in its own way (its layout).
+
+    Attributes:
+        layouts: the word at each node, int [text, node].
+        nodes: where the walk is at each token, int [text, token].
+        words: token id of the word at each node, int [text, node].
+        ids: what the model reads, int64 [text, prefix + token].
+        n_prefix: tokens that open the text and are not measured, 0 or 1.
+    """
+
+    layouts: np.ndarray
+    nodes: np.ndarray
+    words: np.ndarray
+    ids: torch.Tensor
+    n_prefix: int
+
+    def within(self, first: int, last: int | None = None) -> np.ndarray:
+        """`nodes` between two tokens, and -1 elsewhere: labels that count a stretch alone [text, token]."""
+        inside = np.zeros(self.nodes.shape[1], dtype=bool)
+        inside[first:last] = True
+        return np.where(inside, self.nodes, -1)
+
+
+def deal(
+    model: TransformersModel, graph: Graph, length: int, *, first: int, n: int, seed: int, walk_seed: int,
+    bos: str = "auto", per_layout: int = 1,
+) -> Texts:  # fmt: skip
+    """Texts of the layouts `first` to `first + n`, with fresh walks.
+
+    Args:
+        model: its tokenizer decides.
+        graph: with its words; layout 0 is their given order.
+        length: tokens of a walk.
+        seed: of the layouts (`lib.walks.layouts`), so that two calls mean the same layouts.
+        walk_seed: of the walks.
+        bos: what opens a text, see `lib.models.bos_id`.
+        per_layout: walks of each layout, one after the other.
+
+    Raises:
+        ModelError: words that are no single tokens. ValueError: texts longer than the model's positions.
+    """
+    placed = np.repeat(layouts(graph.n_nodes, first + n, seed)[first:], per_layout, axis=0)
+    nodes = random_walks(graph, len(placed), length, walk_seed)
+    words = np.array(word_ids(model, graph.words))[placed]
+    ids = with_bos(model, np.take_along_axis(words, nodes, axis=1), bos)
+    check_length(model, ids.shape[1])
+    return Texts(placed, nodes, words, ids, ids.shape[1] - length)
