@@ -1,14 +1,22 @@
-# make run        execute every study; figures and records in figures/, executed notebooks in runs/latest/
-#                 one study, other parameters: make run STUDY=01_induction_ablation ARGS="-p seq_len 200"
-#                 a model of data/models.yaml: make run MODEL=gpt2, into runs/gpt2/
-# make test       unit tests, notebooks with small parameters, stored outputs against a fresh run;
-#                 pages in a headless Chromium, which root on Debian gets by apt-get if there is none
+# The first command makes .venv, for which pip fetches what requirements.lock names. Models are fetched by those
+# commands alone that say so, once.
+#
+# make run        run the studies on the embedded models: notebooks, figures, records, claims.txt in runs/latest/
+#                 one of them or of the appendices, other parameters: make run STUDY=01 ARGS="-p seq_len 200"
+#                 MODEL=gpt2: on a model of data/models.yaml, a folder, a .gguf file or a hub id, which is
+#                 fetched, into runs/gpt2/
+# make real       run the notebooks as they stand, into runs/real/; fetches their models, 491 MB
+# make test       unit tests, notebooks with small parameters, stored outputs of embedded models against a fresh
+#                 run; pages in a headless Chromium, which root on Debian gets by apt-get if there is none
+# make test-real  compare the stored notebooks by values with runs/real/, after running what is not there; fetches
+#                 their models
 # make lab        open JupyterLab at notebook 00; as root, in a container: ARGS="--allow-root --ip 0.0.0.0"
 # make site       a site of README, stored notebooks and model cards, into build/site/
-# make notebooks  execute every study, store its output in notebooks/
+# make notebooks  run all notebooks as they stand, appendices too, and store outputs in notebooks/ and figures in
+#                 figures/, which no other command changes; one of them: STUDY=01; fetches their models
 # make organisms  train the embedded models again
 # make bench      time and memory of studies 1, 3 and 4 against the straightforward way
-# make sweep     the runs that sweeps/seeds.yaml names, or ARGS="--config sweep=FILE"; see sweeps/README.md
+# make sweep      the runs that sweeps/seeds.yaml names, or ARGS="--config sweep=FILE"; see sweeps/README.md
 # make lock       pin the newest versions that pyproject.toml allows
 # make clean      remove build/, caches and runs/, with your own runs in it (.venv stays)
 
@@ -22,15 +30,23 @@ STUDY ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: run test lab site notebooks organisms bench sweep lock clean
+.PHONY: run real test test-real lab site notebooks organisms bench sweep lock clean
 .DEFAULT_GOAL := run
 
+RUN := $(BIN)/python -m lib run$(if $(STUDY), --study $(STUDY))
+
 run: $(STAMP)
-	$(BIN)/python -m lib.run$(if $(STUDY), --study $(STUDY))$(if $(MODEL), --model $(MODEL)) $(ARGS)
+	$(RUN) $(if $(MODEL),--model $(MODEL),--embedded) $(ARGS)
+
+real: $(STAMP)
+	$(RUN) --real $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python tests/browser.py
 	$(BIN)/python -m pytest tests notebooks --nbval --numprocesses $(WORKERS) --dist loadfile
+
+test-real: $(STAMP)
+	$(BIN)/python -m pytest tests/test_real.py -m real
 
 lab: $(STAMP)
 	$(BIN)/python -m jupyterlab --LabApp.news_url=None --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
@@ -41,7 +57,7 @@ site: $(STAMP)
 	@echo "built: open build/site/index.html"
 
 notebooks: $(STAMP)
-	$(BIN)/python -m lib.run $(if $(STUDY),--study $(STUDY)) --refresh
+	$(RUN) --refresh
 
 organisms: $(STAMP)
 	for name in induction refusal-single refusal-lowrank refusal-planted-1 refusal-planted-2 refusal-planted-3 \

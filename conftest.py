@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +18,20 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="latent-geometry-tests-")
 # Before any test or kernel starts: kernels inherit them, those of nbval included.
 os.environ["FIGURES_DIR"] = str(Path(_SCRATCH.name, "figures"))
 os.environ["CACHE_DIR"] = str(Path(_SCRATCH.name, "cache"))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the cells of stored notebooks, which nbval runs again, where this needs a model to be fetched."""
+    record = Path(__file__).parent / "figures" / item.path.stem / "record.json"
+    if item.path.suffix == ".ipynb" and not used_embedded_models_alone(record):
+        item.add_marker(pytest.mark.real)
+
+
+def used_embedded_models_alone(record: Path) -> bool:
+    if not record.is_file():
+        return False
+    models = json.loads(record.read_text(encoding="utf-8"))["models"]
+    return all(model["model_id"].startswith("organism/") for model in models)
 
 
 @pytest.fixture(scope="session", autouse=True)

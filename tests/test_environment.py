@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from conftest import used_embedded_models_alone
 from lib import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -85,11 +88,44 @@ def test_lib_is_found_from_any_working_directory(tmp_path):
     assert run.stdout.strip() == str(ROOT)
 
 
-def test_run_passes_study_and_parameters_on():
-    plan = make("--dry-run", "run", "STUDY=01_induction_ablation", 'ARGS=-p k_values "[1,2]"').stdout
-    assert plan.endswith('-m lib.run --study 01_induction_ablation -p k_values "[1,2]"\n')
-    plan = make("--dry-run", "run", "MODEL=gpt2", "ARGS=-p seed 3").stdout
-    assert plan.endswith("-m lib.run --model gpt2 -p seed 3\n")
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["run"], "run --embedded"),
+        (["run", "STUDY=01", 'ARGS=-p k_values "[1,2]"'], 'run --study 01 --embedded -p k_values "[1,2]"'),
+        (["run", "MODEL=gpt2", "ARGS=-p seed 3"], "run --model gpt2 -p seed 3"),
+        (["real"], "run --real"),
+        (["notebooks", "STUDY=1a"], "run --study 1a --refresh"),
+    ],
+)
+def test_commands_that_run_notebooks(words, command):
+    assert make("--dry-run", *words).stdout.rstrip().endswith(f"-m lib {command}")
+
+
+def test_tests_run_no_model_that_has_to_be_fetched_unless_asked():
+    assert make("--dry-run", "test-real").stdout.rstrip().endswith("-m pytest tests/test_real.py -m real")
+    by_default = collected("tests/test_real.py")
+    assert by_default and not [test for test in by_default if "fresh_run" in test]
+    assert len([test for test in collected("tests/test_real.py", "-m", "real") if "fresh_run" in test]) >= 5
+
+
+def test_nbval_runs_notebooks_of_embedded_models(tmp_path):
+    notebooks = {path.stem for path in (ROOT / "notebooks").rglob("*.ipynb")}
+    embedded = {
+        each for each in notebooks if used_embedded_models_alone(ROOT / "figures" / each / "record.json")
+    }
+    cells = collected("notebooks", "--nbval")
+    assert {Path(cell.partition("::")[0]).stem for cell in cells} == embedded
+    for models, expected in (([], True), (["organism/codi"], True), (["organism/codi", "gpt2"], False)):
+        (tmp_path / "record.json").write_text(json.dumps({"models": [{"model_id": name} for name in models]}))
+        assert used_embedded_models_alone(tmp_path / "record.json") is expected
+    assert not used_embedded_models_alone(tmp_path / "none.json")
+
+
+def collected(*words: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    return [line for line in said.splitlines() if "::" in line]
 
 
 def test_lab_opens_a_notebook_and_serves_the_pictures_beside_the_notebooks():
