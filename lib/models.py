@@ -202,9 +202,10 @@ def revision_of(model_id: str, revision: str | None) -> str | None:
             )
         return revision or (registered.revision if registered else None)
     if revision:
+        kind = "folder" if path.is_dir() else "file"
         raise ModelError(
-            f"revision {revision!r}: model_id {model_id!r} is on this disk and holds one version; leave "
-            "revision out, or pass the hub id"
+            f"revision {revision!r}: model_id {model_id!r} is a {kind} on this disk and holds one version; "
+            "leave revision out, or pass the hub id"
         )
     return None
 
@@ -451,16 +452,16 @@ def bos_id(model: TransformersModel, bos: str = "auto") -> int | None:
         if bos not in vocabulary:
             raise ModelError(f"bos {bos!r} is no token of this tokenizer; pass 'auto', 'none' or one that is")
         return vocabulary[bos]
-    added = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values())}
+    added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     template = str(tokenizer.chat_template or "")
     own, end = tokenizer.bos_token, tokenizer.eos_token
     configured = getattr(model._module.config, "bos_token_id", None)
     if own and (own in DOCUMENT_MARKS or own not in template):
         return vocabulary[own]
     for mark in DOCUMENT_MARKS:
-        if mark in added:
+        if vocabulary.get(mark) in added:
             return vocabulary[mark]
-    if configured is not None and configured < len(tokenizer):
+    if configured in added:
         return configured
     if end and end not in template:
         return vocabulary[end]

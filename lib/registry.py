@@ -94,7 +94,8 @@ class RegisteredModel(BaseModel):
                 f'nevertheless, leave MODEL out and pass ARGS="-p model_id {self.id}"'
             )
         of_study = self.studies[study]
-        found = {"model_id": self.name if self.file else self.id, "dtype": self.dtype, **of_study.parameters}
+        model_id, dtype = (self.name, "auto") if self.file else (self.id, self.dtype)
+        found = {"model_id": model_id, "dtype": dtype, **of_study.parameters}
         if of_study.depth_fraction:
             found["layer"] = round(of_study.depth_fraction * self.layers)
         return found

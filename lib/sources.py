@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
-from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub import constants, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import get_session
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from lib import kernel
@@ -266,12 +266,14 @@ def _answer(url: str, start: int) -> Iterator[Any]:
     given_up = threading.Event()
 
     def read() -> None:
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
+        if token := get_token():
+            headers["Authorization"] = f"Bearer {token}"
         try:
             with get_session().stream(
-                "GET", url, headers=headers, follow_redirects=True, timeout=PATIENCE
+                "GET", url, headers=headers, follow_redirects=True, timeout=2 * PATIENCE
             ) as response:
                 response.raise_for_status()
                 size = int(response.headers.get("Content-Length", 0))
