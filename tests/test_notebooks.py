@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -25,9 +26,10 @@ from lib import ROOT
 from lib.parameters import schemas
 from lib.record import validate_record
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("[0-9][0-9a-z]_*.ipynb"))  # appendices as well
 
-# Small enough for seconds, large enough that every cell has something to do; other studies run as they are.
+# Small enough for seconds, large enough that every cell has something to do; other studies run as `make run`
+# has them. All on embedded models.
 SMALL = {
     "00_start_here": {},
     "01_induction_ablation": {
@@ -74,9 +76,10 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 @each_notebook
 def test_runs_with_small_parameters_from_any_folder(path, figures, tmp_path):
-    small = SMALL.get(path.stem, {})
+    small = schemas()[path.stem].embedded | SMALL.get(path.stem, {})
     command = [sys.executable, "-m", "papermill", path, "out.ipynb", "-y", yaml.safe_dump(small)]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     record = validate_record(figures / path.stem / "record.json")
     assert record.study == path.stem
