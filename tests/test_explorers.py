@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -233,21 +234,30 @@ class Notebook:
         self.explorer.evaluate(f"element => element.style.maxWidth = '{WIDTH}px'")
 
     def _run_all(self, first_prompt: Locator) -> None:
-        dialog, said = self.tab.locator(".jp-Dialog"), []
-        # What is asked of a kernel that still connects may be dropped: ask again.
-        for patience in (60_000, 1000 * PATIENCE):  # ms
-            while dialog.count():  # on a loaded machine JupyterLab may ask for a kernel: that of the notebook
-                said.append(dialog.first.inner_text())
-                dialog.first.locator(".jp-mod-accept").click(timeout=60_000)
-                expect(dialog).to_have_count(0)
-            self.tab.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
-            self.tab.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+        """Ask for it until a cell was run: what is asked of a kernel that still connects may be dropped."""
+        dialog, said, asked = self.tab.locator(".jp-Dialog"), [], -math.inf
+        ran = first_prompt.get_by_text(re.compile(r"\[\d+\]:"))
+
+        def begun() -> bool:
+            nonlocal asked
             try:
-                first_prompt.get_by_text(re.compile(r"\[\d+\]:")).wait_for(timeout=patience)
-                return
-            except TimeoutError:
-                continue
-        raise AssertionError(f"no cell was run: {self.errors}; JupyterLab said {said}")
+                if (
+                    dialog.count()
+                ):  # on a loaded machine JupyterLab may ask for a kernel: that of the notebook
+                    said.append(dialog.last.inner_text(timeout=10_000))
+                    dialog.last.locator(".jp-mod-accept").click(timeout=10_000)
+                elif time.monotonic() - asked > 60:
+                    self.tab.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click(
+                        timeout=20_000
+                    )
+                    item = self.tab.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$"))
+                    item.click(timeout=20_000)
+                    asked = time.monotonic()
+            except TimeoutError:  # a dialog came or went
+                self.tab.keyboard.press("Escape")
+            return ran.count() > 0
+
+        wait_for(begun, lambda: f"no cell was run: {self.errors}; JupyterLab said {said}")
 
     @property
     def failures(self) -> Locator:
