@@ -364,6 +364,18 @@ def eager_attention(model: TransformersModel) -> Iterator[None]:
         module.set_attn_implementation(before)
 
 
+def output_matrices(model: TransformersModel, layer: int) -> torch.Tensor:
+    """What the output projection of a block makes of each head: [head, d_head, d_model], float32.
+
+    A head's output [d_head] times its matrix is what it adds to the stream, the projection's bias apart.
+    """
+    attention = model._module.get_submodule(model.layers[layer].self_attn.path.removeprefix("model."))
+    linear = getattr(attention, "o_proj", None) or getattr(attention, "dense", None)
+    # GPT-2's Conv1D keeps [in, out].
+    weight = linear.weight.T if linear is not None else attention.c_proj.weight
+    return weight.detach().float().cpu().unflatten(0, (shape(model).n_heads, -1))
+
+
 def ov_matrix(model: TransformersModel, layer: int, head: int) -> torch.Tensor:
     """The OV circuit of a head: what it writes to the stream per unit of (normalised) input.
 
@@ -397,12 +409,7 @@ def ov_matrix(model: TransformersModel, layer: int, head: int) -> torch.Tensor:
         value = attention.query_key_value.weight.unflatten(0, (sizes.n_heads, 3, d_head))[:, 2].flatten(0, 1)
     else:  # GPT-2's Conv1D keeps [in, out]
         value = attention.c_attn.weight[:, -sizes.d_model :].T
-    columns = slice(head * d_head, (head + 1) * d_head)
-    if linear := getattr(attention, "o_proj", None) or getattr(attention, "dense", None):
-        output = linear.weight[:, columns]  # [d_model, d_head]
-    else:
-        output = attention.c_proj.weight[columns].T
-    return output.double() @ value[rows].double()
+    return output_matrices(model, layer)[head].T.double() @ value[rows].double()
 
 
 def word_ids(model: TransformersModel, words: Sequence[str]) -> list[int]:

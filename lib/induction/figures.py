@@ -18,15 +18,20 @@ from lib.walks import Graph
 LISTS = {"induction": plots.BLUE, "previous token": plots.VERMILLION}
 
 
-def aligned_plane(means: np.ndarray, graph: Graph) -> np.ndarray:
-    """Word means [node, d] in their PCA plane, rotated or mirrored to match the drawn graph [node, 2].
+def plane_axes(means: np.ndarray, graph: Graph) -> np.ndarray:
+    """The PCA plane of word means [node, d], rotated or mirrored to match the drawn graph: axes [d, 2].
 
-    Distances, and so the energy, are those of the plane.
+    Distances in it, and so the energy, are those of the plane.
     """
-    plane = pca(means).projection
+    plane, components, _ = pca(means)
     seen = np.isfinite(plane).all(1)
-    drawn = graph.positions - graph.positions[seen].mean(0)
-    return plane @ orthogonal_procrustes(plane[seen], drawn[seen])[0]
+    drawn = graph.positions[seen] - graph.positions[seen].mean(0)
+    return components.T @ orthogonal_procrustes(plane[seen], drawn)[0]
+
+
+def on_axes(points: np.ndarray, means: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Points [..., d] on the axes [d, 2] of a plane of word means [node, d]: [..., 2]."""
+    return (points - np.nanmean(means, axis=0)) @ axes
 
 
 def draw_planes(axes: Sequence[Axes], planes: Mapping[str, np.ndarray], graph: Graph, words: bool) -> None:

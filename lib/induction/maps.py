@@ -47,7 +47,13 @@ def opposite_nodes(graph: Graph) -> np.ndarray | None:
 
 
 def pattern_basis(means: np.ndarray, patterns: np.ndarray) -> np.ndarray:
-    """Orthonormal directions in which word means [..., node, d] vary like patterns [node, k]: [..., k, d]."""
+    """Orthonormal directions in which word means [..., node, d] vary like patterns [node, k]: [..., k, d].
+
+    Raises:
+        ValueError: a word without a mean.
+    """
+    if np.isnan(means).any():
+        raise ValueError("a word has no mean to take a map from: take a longer window")
     centred = means - means.mean(-2, keepdims=True)
     return np.linalg.svd(patterns.T @ centred, full_matrices=False)[2]
 
