@@ -1,15 +1,16 @@
-"""Figures and tables of the appendices 1b and 2a. Each function draws numbers that a notebook has computed."""
+"""Figures and tables of appendices 1b and 2a. Each takes numbers that a notebook has computed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from lib import plots
-from lib.geometry import PCA, dirichlet_energy
+from lib.geometry import dirichlet_energy
 from lib.walks import Graph
 
 Curve = tuple[np.ndarray, np.ndarray]  # x [point] and y [point], or y [point, draw]
@@ -24,11 +25,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def set_title(fig: Figure | SubFigure, title: str) -> None:
+    """One title for all panels of a figure, at its left as that of a panel."""
+    fig.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+
+
 # -- 2a: mixing ------------------------------------------------------------------------------------
 
 
 def planes_figure(
-    clouds: Mapping[str, np.ndarray], graphs: Graph | Sequence[Graph], *, title: str = "", most_labels: int = 16
+    clouds: Mapping[str, np.ndarray],
+    graphs: Graph | Sequence[Graph],
+    *,
+    title: str = "",
+    most_labels: int = 16,
 ) -> Figure:
     """A row of planes with the edges of their graph, the energy below each.
 
@@ -36,16 +46,15 @@ def planes_figure(
         clouds: panel title -> points in their plane [node, 2].
         graphs: one for all planes, or one each.
         title: of the figure.
-        most_labels: graphs with more nodes are drawn without words.
     """
     graphs = [graphs] * len(clouds) if isinstance(graphs, Graph) else graphs
     fig, axes = plt.subplots(1, len(clouds), figsize=(plots.PAGE, 1.1 * plots.PAGE / len(clouds) + 0.4))
     for ax, (name, points), graph in zip(axes, clouds.items(), graphs, strict=True):
-        plots.draw_graph(ax, points, graph, labels=None if graph.n_nodes <= most_labels else ())
+        plots.draw_graph(ax, points, graph, labels=None if graph.n_nodes <= 16 else ())
         ax.set_title(name, fontweight="normal" if title else "bold")
         ax.set_xlabel(f"E = {dirichlet_energy(points, graph):.2f}")
     if title:
-        _set_title(fig, title)
+        set_title(fig, title)
     return fig
 
 
@@ -57,7 +66,7 @@ def gram_figure(simulated: np.ndarray, closed_form: np.ndarray, words: Sequence[
         image = plots.draw_matrix(ax, matrix, limit=limit, labels=words if ax is axes[0] else ())
         ax.set_title(name, fontweight="normal")
     fig.colorbar(image, ax=axes, shrink=0.9, label="inner product / d")
-    _set_title(fig, "The inner products of a draw are those of the closed form")
+    set_title(fig, "The inner products of a draw are those of the closed form")
     return fig
 
 
@@ -65,11 +74,11 @@ def harmonics_figure(
     patterns: np.ndarray, variance: np.ndarray, energy: np.ndarray, graph: Graph, *, title: str
 ) -> Figure:
     """Patterns [node, pattern] on the drawn graph, with the variance and the energy [pattern] of each."""
-    fig, axes = plt.subplots(1, patterns.shape[1], figsize=(plots.PAGE, 2.0))
+    fig, axes = plt.subplots(1, patterns.shape[1], figsize=(plots.PAGE, 1.8))
     for ax, pattern, v, e in zip(axes, patterns.T, variance, energy, strict=True):
         plots.draw_graph(ax, graph.positions, graph, labels=(), values=pattern - pattern.mean())
         ax.set_xlabel(f"variance {v:.2f}\nE = {e:.2f}")
-    _set_title(fig, title)
+    set_title(fig, title)
     return fig
 
 
@@ -79,39 +88,36 @@ def spectrum_figure(simulated: np.ndarray, closed_form: np.ndarray, *, title: st
     fig, ax = plt.subplots(figsize=(plots.PAGE, 2.4))
     plots.draw_samples(ax, order, simulated.T, colour=plots.BLUE)
     ax.plot(order, closed_form, "x", color=plots.BLACK, zorder=4)
-    ends = {"simulated": (simulated[:, -1].mean(), plots.BLUE), "× closed form": (closed_form[-1], plots.BLACK)}
-    plots.label_ends(ax, order[-1], ends, gap=0.1)
+    for height, text, colour in ((0.9, "line: 20 draws", plots.BLUE), (0.78, "×: closed form", plots.BLACK)):
+        ax.text(0.98, height, text, color=colour, transform=ax.transAxes, ha="right", fontsize=8)
     ax.set(title=title, xlabel="component", ylabel="variance / d", xticks=order)
     return fig
 
 
-def competition_figure(
-    graph: Graph, energy: Sequence[np.ndarray], variance: Sequence[np.ndarray], planes: Sequence[np.ndarray]
-) -> Figure:
-    """Which patterns PCA shows, with the word itself and without: their weights, and the plane they make.
+class Competition(NamedTuple):
+    """The two heaviest patterns of a mixed graph, and the plane that they make."""
 
-    Args:
-        graph: of the words; its two sides differ by marker and hue.
-        energy: of the patterns by falling variance, with the word and without, [pattern] each.
-        variance: of the same patterns.
-        planes: [node, 2] each.
-    """
-    fig = plt.figure(figsize=(plots.PAGE, 2.5))
-    titles = "Word and neighbours: smooth patterns win", "Neighbours alone: the checkerboard wins"
-    sides = graph.parity if graph.is_bipartite else None
-    for part, title, x, y, plane in zip(
-        fig.subfigures(1, 2, wspace=0.04), titles, energy, variance, planes, strict=True
-    ):
-        ax, beside = part.subplots(1, 2)
-        ax.plot(x[2:], y[2:], "o", color=plots.GREY)
-        ax.plot(x[:2], y[:2], "s", color=plots.VERMILLION, markersize=6)
-        ax.annotate("shown", (x[:2].mean(), y[:2].mean()), (0, -15), textcoords="offset points",
-                    ha="center", fontsize=8, color=plots.VERMILLION)  # fmt: skip
-        ax.set(xlabel="smooth  ←  pattern's E  →  rough", ylabel="variance / d")
-        ax.set(xlim=(0, 7), ylim=(-0.05 * y[0], 1.1 * y[0]))
-        plots.draw_graph(beside, plane, graph, labels=(), values=sides, limit=1.6)
-        beside.set_xlabel(f"plane: E = {dirichlet_energy(plane, graph):.2f}")
-        _set_title(part, title)
+    patterns: np.ndarray  # [node, pattern]
+    variance: np.ndarray  # [pattern]
+    plane: np.ndarray  # of one draw [node, 2]
+
+
+def competition_figure(graph: Graph, outcomes: Mapping[str, Competition]) -> Figure:
+    """For each outcome, two patterns on the drawn graph and the plane, whose nodes the first one colours."""
+    fig = plt.figure(figsize=(plots.PAGE, 2.15))
+    parts = np.atleast_1d(fig.subfigures(1, len(outcomes), wspace=0.03))
+    for part, (title, found) in zip(parts, outcomes.items(), strict=True):
+        *axes, beside = part.subplots(1, 3, width_ratios=[1, 1, 1.55])
+        for number, ax in enumerate(axes):
+            pattern = found.patterns[:, number]
+            energy = dirichlet_energy(pattern[:, None], graph)
+            plots.draw_graph(ax, graph.positions, graph, labels=(), values=pattern)
+            ax.set_xlabel(f"variance {found.variance[number]:.2f}\nE = {energy:.2f}")
+            ax.set_title(("1st pattern", "2nd pattern")[number], fontweight="normal", fontsize=8.5)
+        plots.draw_graph(beside, found.plane, graph, labels=(), values=found.patterns[:, 0])
+        beside.set_title("their plane", fontweight="normal", fontsize=8.5)
+        beside.set_xlabel(f"E = {dirichlet_energy(found.plane, graph):.2f}")
+        set_title(part, title)
     return fig
 
 
@@ -145,17 +151,17 @@ def energy_figure(
         plots.draw_level(ax, height)
         labels[name] = height, plots.GREY
     ax.set(title=title, xlabel=xlabel, ylabel="energy E of the plane", ylim=(0, None))
+    ax.set_ylim(0, 1.06 * ax.get_ylim()[1])
     if log:
         ax.set_xscale("log")
+        ax.set_xlim(right=1.06 * end)
+    else:
+        ax.set_xlim(right=end + 0.012 * (end - ax.get_xlim()[0]))
     plots.label_ends(ax, end, labels, gap=0.08)
     return fig
-
-
-def _set_title(fig: Figure, title: str) -> None:
-    fig.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
 
 
 def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "-"
-    return value if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.2f}"
+    return value if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:z.2f}"
