@@ -340,6 +340,13 @@ def check_length(model: TransformersModel, length: int, remedy: str = "lower seq
         )
 
 
+def check_layer(model: TransformersModel, layer: int) -> None:
+    """Raise ModelError if a model has no block of this number."""
+    n_layers = shape(model).n_layers
+    if not 0 <= layer < n_layers:
+        raise ModelError(f"layer {layer}: the model has layers 0 to {n_layers - 1}")
+
+
 def check_head(sizes: ModelShape, layer: int, head: int, subject: str = "") -> None:
     """Raise ModelError if a model of these sizes has no such head; `subject` says who asks for it."""
     if not (0 <= layer < sizes.n_layers and 0 <= head < sizes.n_heads):
