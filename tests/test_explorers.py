@@ -222,6 +222,7 @@ class Notebook:
         prompts = panel.locator(".jp-CodeCell .jp-InputPrompt")
         done = prompts.filter(has_text=re.compile(r"\[\d+\]:"))
         self._run_all(prompts.first)
+        self.errors.clear()  # JupyterLab's own, while it found a kernel
         last = prompts.last
         wait_for(
             lambda: re.fullmatch(r"\[\d+\]:", last.text_content()) or self.failures.count(),
