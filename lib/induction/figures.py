@@ -12,7 +12,7 @@ from scipy.linalg import orthogonal_procrustes
 
 from lib import plots
 from lib.geometry import dirichlet_energy, pca
-from lib.statistics import Band
+from lib.statistics import Band, Estimate
 from lib.walks import Graph
 
 LISTS = {"induction": plots.BLUE, "previous token": plots.VERMILLION}
@@ -182,5 +182,40 @@ def map_use(
     plots.draw_bands(right, np.array(turn_layers), moved, [hues[name] for name in moved], marker="o")
     for axis, at, title in ((ax, layers, titles[0]), (right, turn_layers, titles[1])):
         axis.set(xlabel="input of layer", xticks=at)
+        axis.set_title(title, fontsize=8.5)
+    return fig
+
+
+def writers(
+    shares: Mapping[str, Mapping[str, Estimate]], hidden: Mapping[str, Estimate], chance: float,
+    titles: Sequence[str],
+) -> Figure:  # fmt: skip
+    """Shares of the grid by the kind of part that wrote it, and energies by who may read some heads.
+
+    Args:
+        shares: condition -> kind of part -> estimate.
+        hidden: whom the heads' output is hidden from -> energy; empty for none.
+        chance: energy of shuffled words.
+        titles: of the two panels.
+    """
+    fig, (ax, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 3.2), width_ratios=[1.5, 1])
+    looks = zip(shares.items(), (plots.BLACK, plots.BLUE, plots.VERMILLION), "os^", strict=True)
+    parts = list(next(iter(shares.values())))
+    for i, ((condition, of_part), colour, marker) in enumerate(looks):
+        value, low, high = np.array([of_part[part] for part in parts]).T
+        rows = np.arange(len(parts)) + 0.22 * (i - 1)
+        plots.draw_ranges(ax, rows, value, low, high, colour=colour, label=condition, marker=marker)
+    ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    ax.set(yticks=range(len(parts)), yticklabels=parts, xlabel="share of the grid")
+    ax.invert_yaxis()
+    ax.legend(fontsize=7.5, loc="lower right")
+    if hidden:
+        value, low, high = np.array(list(hidden.values())).T
+        plots.draw_ranges(right, np.arange(len(hidden)), value, low, high, colour=plots.BLACK, label="")
+        right.set(yticks=range(len(hidden)), yticklabels=hidden, xlim=(0, 1.1 * max(chance, high.max())))
+        right.axvline(chance, color=plots.GREY, linestyle=":", linewidth=1)
+        right.set(xlabel="energy E (dotted: shuffled words)", ylabel="hidden from")
+        right.invert_yaxis()
+    for axis, title in ((ax, titles[0]), (right, titles[1])):
         axis.set_title(title, fontsize=8.5)
     return fig
