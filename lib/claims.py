@@ -155,7 +155,7 @@ def claims_table(
     header = ["study", "claim", "measured", "rule", "published", "verdict"]
     if not any(row[0] for row in rows):
         header, rows = header[1:], [row[1:] for row in rows]
-    return _text(header, rows, width) if fmt == "text" else _html(header, rows)
+    return _text(header, rows, width) if fmt == "text" else html_table(header, *rows)
 
 
 def number(value: float | str | None) -> str:
@@ -245,7 +245,9 @@ def _text(header: list[str], rows: list[list[str]], width: int | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _html(header: list[str], rows: list[list[str]]) -> str:
+def html_table(header: list[str], *rows: list[str]) -> str:
+    """An HTML table of text, which is escaped."""
+
     def line(tag: str, cells: list[str]) -> str:
         # JupyterLab sets the cells of outputs flush right, as for numbers; only a cell's own style wins.
         opening = f'<{tag} style="text-align: left">'

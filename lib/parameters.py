@@ -252,7 +252,7 @@ class NeighborMixing(_WordGraphParameters):
     """Study 2: whether averaging with neighbours is what a model does."""
 
     study: ClassVar[str] = "02_neighbor_mixing"
-    embedded: ClassVar[dict[str, Any]] = {"model_id": "organism/induction", "n_heads": 8}
+    embedded: ClassVar[dict[str, Any]] = {"model_id": "organism/induction", "n_heads": 8, "layer": 4}
     stays_here: ClassVar[str] = "it computes with the weights, which are not sent"
 
     seq_len: Whole = Field(400, ge=40)

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import ROOT
-from lib.claims import number
+from lib import ROOT, registry
+from lib.claims import html_table, number
 from lib.kernel import PlainError
 
 SHIPPED = ROOT / "sweeps" / "seeds" / "between_seeds.csv"
+LADDER = ROOT / "sweeps" / "ladder" / "between_seeds.csv"
 
 
 class SeedsError(PlainError, ValueError):
@@ -112,6 +113,42 @@ def seeds_table(study: str, path: str | Path = SHIPPED) -> str:
             lines += zip(heads, values, verdicts, summaries, strict=True)
         parts.append(f"{title}\n{_aligned(lines)}")
     return "\n\n".join(parts)
+
+
+class Table:
+    """Rows of text that a notebook displays as a table; the first is the header."""
+
+    def __init__(self, rows: Sequence[Sequence[str]]):
+        self.rows = [list(map(str, row)) for row in rows]
+
+    def __repr__(self) -> str:
+        return _aligned(self.rows)
+
+    def _repr_html_(self) -> str:
+        return html_table(*self.rows)
+
+
+def ladder_table(study: str, published_as: str, path: str | Path = LADDER) -> Table:
+    """Headline numbers of a study on models of different size, a column a model, beside published ones.
+
+    Args:
+        study: its name.
+        published_as: title of the column with the figures of data/published.json under ladder/STUDY, by label.
+        path: a between_seeds.csv, whose units are the models.
+
+    Raises:
+        SeedsError: see `read_numbers`; or the file has no headline numbers of this study.
+    """
+    rows = [each for each in read_numbers(path) if each.label and each.study == study]
+    if not rows:
+        raise SeedsError(f"{path}: no headline numbers of {study!r}; run the sweep ladder.yaml")
+    known = registry.published(f"ladder/{study}")
+    models = [model for each in rows[:1] for model in each.values]
+    lines = [["", *(model.split("/")[-1] for model in models), published_as]]
+    for each in rows:
+        numbers = [_number(each.values[model]) for model in models]
+        lines.append([each.label, *numbers, number(known.get(each.label))])
+    return Table(lines)
 
 
 def _parsed(row: SeedNumber) -> SeedNumber:

@@ -140,16 +140,24 @@ def bigrams(
 
 
 def over_context(
-    context: np.ndarray, energies: Mapping[int, np.ndarray], accuracy: Band, *, chance: float,
-    titles: Sequence[str],
+    context: np.ndarray, energies: Mapping[int, np.ndarray], accuracy: Band, *, headless: np.ndarray,
+    chance: float, titles: Sequence[str],
 ) -> Figure:  # fmt: skip
-    """Energy at some layers (layer -> mean over layouts [stretch]), and accuracy, against context."""
+    """Energy at some layers, and accuracy, against context.
+
+    Args:
+        energies: layer -> mean over layouts [stretch].
+        headless: the same at the last of these layers, without previous-token heads.
+    """
     fig, (ax, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 2.8))
-    ax.set(ylim=(0, 1.1 * max(chance, *(np.nanmax(e) for e in energies.values()))), ylabel="energy E")
+    high = max(chance, *(np.nanmax(curve) for curve in (*energies.values(), headless)))
+    ax.set(ylim=(0, 1.1 * high), ylabel="energy E")
     ends = {}
     for (layer, curve), shade in zip(energies.items(), plots.shades(plots.BLUE, len(energies)), strict=True):
         ax.plot(context, curve, "o-", color=shade)
         ends[f"layer {layer}"] = curve[-1], plots.BLUE
+    ax.plot(context, headless, "s--", color=plots.VERMILLION)
+    ends["no prev. heads"] = headless[-1], plots.VERMILLION
     plots.draw_level(ax, chance)
     plots.label_ends(ax, context[-1], ends | {"shuffled": (chance, plots.GREY)})
     plots.draw_band(right, context, *accuracy, colour=plots.BLACK)
@@ -168,7 +176,8 @@ def map_use(
 
     Args:
         cost: part -> accuracy lost [layer], at an equal share of the variance.
-        moved: part -> probability on the neighbours of the node where the turn leads [layer].
+        moved: part -> probability that moves to the neighbours of the node where the turn leads [layer]; may
+            be empty.
         titles: of the two panels.
     """
     fig, (ax, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 3.1))
@@ -177,8 +186,9 @@ def map_use(
     top = max(band.high.max() for band in cost.values())
     ax.set(ylim=(min(0, *(band.low.min() for band in cost.values())), 1.1 * top), ylabel="accuracy lost")
     plots.draw_bands(ax, np.array(layers), cost, [hues[name] for name in cost], marker="o")
-    right.set(ylim=(0, 1.15 * max(band.high.max() for band in moved.values())))
-    right.set_ylabel("probability on the turned node's neighbours")
+    if moved:
+        right.set(ylim=(0, 1.15 * max(band.high.max() for band in moved.values())))
+    right.set_ylabel("probability moved")
     plots.draw_bands(right, np.array(turn_layers), moved, [hues[name] for name in moved], marker="o")
     for axis, at, title in ((ax, layers, titles[0]), (right, turn_layers, titles[1])):
         axis.set(xlabel="input of layer", xticks=at)
@@ -212,9 +222,10 @@ def writers(
     if hidden:
         value, low, high = np.array(list(hidden.values())).T
         plots.draw_ranges(right, np.arange(len(hidden)), value, low, high, colour=plots.BLACK, label="")
-        right.set(yticks=range(len(hidden)), yticklabels=hidden, xlim=(0, 1.1 * max(chance, high.max())))
+        names = [f"from {name}" for name in hidden]
+        right.set(yticks=range(len(hidden)), yticklabels=names, xlim=(0, 1.1 * max(chance, high.max())))
         right.axvline(chance, color=plots.GREY, linestyle=":", linewidth=1)
-        right.set(xlabel="energy E (dotted: shuffled words)", ylabel="hidden from")
+        right.set_xlabel("energy E, what they write hidden\n(dotted: shuffled words)")
         right.invert_yaxis()
     for axis, title in ((ax, titles[0]), (right, titles[1])):
         axis.set_title(title, fontsize=8.5)
