@@ -133,7 +133,7 @@ def ladder_table(study: str, published_as: str, path: str | Path = LADDER) -> Ta
 
     Args:
         study: its name.
-        published_as: title of the column with the figures of data/published.json under ladder/STUDY, by label.
+        published_as: title of the column of published figures (data/published.json, ladder/STUDY, by label).
         path: a between_seeds.csv, whose units are the models.
 
     Raises:
