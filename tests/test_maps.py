@@ -1,0 +1,243 @@
+"""The map in the stream, and who writes it: against naive second routes and planted truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, save_tiny
+
+from lib import geometry, models, walks
+from lib.induction import figures, maps
+from lib.induction.texts import Texts, deal
+from lib.induction.writers import parts_of_stream
+from lib.models import ModelError
+from lib.parameters import GRID_WORDS
+
+GRID = walks.grid_graph(4, 4, GRID_WORDS)
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return models.load("organism/induction")
+
+
+@pytest.fixture
+def means():
+    """Word means of three texts, with a planted grid in two directions [text, node, d]."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((3, 16, 40))
+    noise[:, :, :2] = 3 * (GRID.positions - GRID.positions.mean(0))
+    return noise
+
+
+# -- harmonics -------------------------------------------------------------------------------------
+
+
+def test_harmonics_of_the_grid_are_ramps_first_and_a_checkerboard_last():
+    waves = maps.graph_harmonics(GRID)
+    assert waves.shape == (16, 15)
+    assert np.allclose(waves.T @ waves, np.eye(15)) and np.allclose(waves.sum(0), 0)
+    roughness = [geometry.dirichlet_energy(wave[:, None], GRID) for wave in waves.T]
+    assert np.all(np.diff(roughness) > -1e-9)
+    ramps = np.linalg.lstsq(waves[:, :2], GRID.positions - GRID.positions.mean(0), rcond=None)[0]
+    explained = waves[:, :2] @ ramps
+    assert np.corrcoef(explained[:, 0], GRID.positions[:, 0])[0, 1] > 0.97
+    assert abs(np.corrcoef(waves[:, -1], GRID.parity)[0, 1]) > 0.8
+
+
+def test_shuffled_patterns_keep_their_values_and_lose_the_graph():
+    ramps = maps.graph_harmonics(GRID)[:, :2]
+    shuffled = maps.shuffled_patterns(ramps, seed=1)
+    assert np.allclose(np.sort(shuffled, axis=0), np.sort(ramps, axis=0))
+    assert geometry.dirichlet_energy(shuffled, GRID) > 2 * geometry.dirichlet_energy(ramps, GRID)
+    assert np.array_equal(shuffled, maps.shuffled_patterns(ramps, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("graph", "image"),
+    [
+        (GRID, np.arange(16)[::-1]),
+        (walks.ring_graph(6), np.array([3, 4, 5, 0, 1, 2])),
+        (walks.grid_graph(3, 3), None),  # the middle stays in place in every symmetry
+        (walks.grid_graph(1, 2), np.array([1, 0])),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_opposite_nodes_are_half_a_turn_away(graph, image):
+    found = maps.opposite_nodes(graph)
+    if image is None:
+        assert found is None
+    else:
+        assert np.array_equal(found, image)
+        assert np.array_equal(graph.adjacency[np.ix_(found, found)], graph.adjacency), "a symmetry"
+
+
+# -- edits -----------------------------------------------------------------------------------------
+
+
+def test_basis_spans_the_planted_directions(means):
+    basis = maps.pattern_basis(means, maps.graph_harmonics(GRID)[:, :2])
+    assert basis.shape == (3, 2, 40) and np.allclose(basis @ basis.swapaxes(1, 2), np.eye(2))
+    assert (np.linalg.norm(basis[:, :, :2], axis=(1, 2)) > 1.2).all(), "of at most sqrt 2"
+
+
+def test_share_of_the_variance_is_that_of_a_naive_projection(means):
+    basis = maps.pattern_basis(means, maps.graph_harmonics(GRID)[:, :3])
+    for text in range(3):
+        centred = means[text] - means[text].mean(0)
+        inside = sum(((centred @ b) ** 2).sum() for b in basis[text])
+        assert maps.variance_share(means, basis)[text] == pytest.approx(inside / (centred**2).sum())
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, None])
+def test_removal_takes_away_the_share_that_was_asked_for(means, share):
+    patterns = maps.graph_harmonics(GRID)[:, :2]
+    edit = maps.removal(means, patterns, share)
+    held = maps.variance_share(means, edit.basis)
+    for text in range(3):
+        stream = torch.tensor(means[text], dtype=torch.float32)
+        edit.of(text)(stream)
+        left = stream.numpy() - stream.numpy().mean(0)
+        before = means[text] - means[text].mean(0)
+        gone = 1 - (left**2).sum() / (before**2).sum()
+        assert gone == pytest.approx(held[text] if share is None else min(share, held[text]), abs=1e-4)
+        assert np.allclose(stream.mean(0), means[text].mean(0), atol=1e-4), "the centre stays"
+
+
+def test_turn_puts_every_word_where_its_image_was_and_leaves_the_rest(means):
+    image, patterns = maps.opposite_nodes(GRID), maps.graph_harmonics(GRID)[:, :2]
+    nodes = np.tile(np.arange(16), (3, 1))
+    edit = maps.turned(means, patterns, image, nodes)
+    basis = maps.pattern_basis(means, patterns)
+    for text in range(3):
+        stream = torch.tensor(means[text], dtype=torch.float32)
+        edit.of(text)(stream)
+        coordinates = means[text] @ basis[text].T
+        assert np.allclose(stream.numpy() @ basis[text].T, coordinates[image], atol=1e-3)
+        rest = np.eye(40) - basis[text].T @ basis[text]
+        assert np.allclose(stream.numpy() @ rest, means[text] @ rest, atol=1e-3)
+
+
+def test_turning_everything_exchanges_the_means(means):
+    image, nodes = maps.opposite_nodes(GRID), np.tile(np.arange(16), (3, 1))
+    edit = maps.turned(means, maps.graph_harmonics(GRID), image, nodes)
+    stream = torch.tensor(means[0], dtype=torch.float32)
+    edit.of(0)(stream)
+    assert np.allclose(stream.numpy(), means[0][image], atol=1e-3)
+
+
+def test_what_is_restored_varies_like_the_patterns(means):
+    patterns, nodes = maps.graph_harmonics(GRID)[:, :2], np.tile(np.arange(16), (3, 1))
+    assert np.allclose(maps.restored(means, None, nodes).table, means)
+    table = maps.restored(means, patterns, nodes).table
+    others = maps.graph_harmonics(GRID)[:, 2:]
+    assert np.allclose(others.T @ table, 0) and np.allclose(patterns.T @ table, patterns.T @ means)
+
+
+def test_word_without_a_mean_is_an_error(means):
+    means[1, 3] = np.nan
+    with pytest.raises(ValueError, match="longer window"):
+        maps.removal(means, maps.graph_harmonics(GRID)[:, :2], 0.1)
+
+
+# -- texts -----------------------------------------------------------------------------------------
+
+
+def test_texts_say_the_words_of_their_own_layout(organism):
+    texts = deal(organism, GRID, 30, first=0, n=3, seed=0, walk_seed=5)
+    assert isinstance(texts, Texts) and texts.ids.shape == (3, 31) and texts.n_prefix == 1
+    assert np.array_equal(texts.layouts[0], np.arange(16)), "the given order first"
+    for text in range(3):
+        said = organism.tokenizer.decode(texts.ids[text, 1:]).split()
+        assert said == [GRID_WORDS[texts.layouts[text, node]] for node in texts.nodes[text]]
+    further = deal(organism, GRID, 30, first=2, n=2, seed=0, walk_seed=6)
+    assert np.array_equal(further.layouts[0], texts.layouts[2]), "the same layouts, other walks"
+    assert not np.array_equal(further.nodes[0], texts.nodes[2])
+
+
+def test_several_walks_of_a_layout_stand_together(organism):
+    texts = deal(organism, GRID, 20, first=0, n=2, seed=0, walk_seed=1, per_layout=2, bos="none")
+    assert texts.n_prefix == 0 and texts.ids.shape == (4, 20)
+    assert np.array_equal(texts.layouts[0], texts.layouts[1])
+    assert not np.array_equal(texts.nodes[0], texts.nodes[1])
+
+
+def test_labels_count_a_stretch_alone(organism):
+    texts = deal(organism, GRID, 20, first=0, n=1, seed=0, walk_seed=1)
+    labels = texts.within(5, 8)
+    assert (labels[0, :5] == -1).all() and (labels[0, 8:] == -1).all()
+    assert np.array_equal(labels[0, 5:8], texts.nodes[0, 5:8])
+
+
+# -- who writes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_add_up_to_the_stream_and_shares_to_one(family, tmp_path):
+    model = models.load(str(save_tiny(family, tmp_path)))
+    sizes = models.shape(model)
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(3, 40, (2, 30)))
+    nodes = rng.integers(0, 16, (2, 29))
+    nodes[:, :16] = np.arange(16)
+    texts = Texts(np.zeros((2, 16)), nodes, np.zeros((2, 16), dtype=int), ids, 1)
+    layer = sizes.n_layers - 1
+    for heads in ((), [(0, 0)]):
+        parts = parts_of_stream(model, texts, nodes, layer, heads)
+        total = parts.embedding + parts.heads.sum((1, 2)) + parts.mlps.sum(1)
+        # A bias of the projection is the same for every word.
+        assert np.allclose(total - total.mean(1, keepdims=True),
+                           parts.stream - parts.stream.mean(1, keepdims=True), atol=1e-4)  # fmt: skip
+        patterns = maps.graph_harmonics(GRID)[:, :2]
+        shares = parts.shares(patterns)
+        summed = shares["embedding"] + shares["heads"].sum((1, 2)) + shares["mlps"].sum(1)
+        assert np.allclose(summed, 1, atol=1e-3)
+    assert np.allclose(parts.heads[:, 0, 0], 0), "what is ablated writes nothing"
+
+
+def test_parts_are_those_of_plain_hooks(organism):
+    texts = deal(organism, GRID, 60, first=0, n=1, seed=0, walk_seed=0)
+    parts = parts_of_stream(organism, texts, texts.nodes, 3)
+    seen, module = {}, organism._module
+    block = module.model.layers[1]
+    handles = [
+        block.mlp.register_forward_hook(lambda m, a, out: seen.update(mlp=out)),
+        block.self_attn.o_proj.register_forward_pre_hook(lambda m, a: seen.update(heads=a[0])),
+    ]
+    with torch.no_grad():
+        module(texts.ids)
+    for handle in handles:
+        handle.remove()
+    nodes = texts.nodes[0]
+    at = seen["heads"][0, 1:].unflatten(-1, (8, -1))[:, 5]
+    weight = block.self_attn.o_proj.weight.unflatten(1, (8, -1))[:, 5]
+    written = at @ weight.T
+    for node in range(16):
+        if (nodes == node).any():
+            here = torch.from_numpy(nodes == node)
+            assert np.allclose(parts.mlps[0, 1, node], seen["mlp"][0, 1:][here].mean(0), atol=1e-4)
+            assert np.allclose(parts.heads[0, 1, 5, node], written[here].mean(0), atol=1e-4)
+
+
+def test_layer_without_parts_below_is_named(organism):
+    texts = deal(organism, GRID, 20, first=0, n=1, seed=0, walk_seed=0)
+    for layer in (0, 9):
+        with pytest.raises(ModelError, match=f"layer {layer}"):
+            parts_of_stream(organism, texts, texts.nodes, layer)
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def test_plane_is_turned_to_the_drawn_graph_and_keeps_its_energy(means):
+    axes = figures.plane_axes(means[0], GRID)
+    plane = figures.on_axes(means[0], means[0], axes)
+    energy = geometry.dirichlet_energy(plane, GRID)
+    assert energy == pytest.approx(geometry.plane_energy(means[0], GRID))
+    for axis in range(2):
+        assert np.corrcoef(plane[:, axis], GRID.positions[:, axis])[0, 1] > 0.9
+    absent = means[0].copy()
+    absent[4] = np.nan
+    plane = figures.on_axes(absent, absent, figures.plane_axes(absent, GRID))
+    assert np.isnan(plane[4]).all() and np.isfinite(np.delete(plane, 4, axis=0)).all()
