@@ -32,9 +32,9 @@ from lib.parameters import schemas
 
 SMALL = {
     "01_induction_ablation": {
-        "n_walks": 4, "k_values": [1, 2], "n_random_sets": 1, "n_layouts": 4, "n_bootstrap": 100,
+        "k_values": [1, 2], "n_random_sets": 2, "n_layouts": 4, "n_selecting": 1, "n_bootstrap": 100,
     },
-    "02_neighbor_mixing": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
+    "2a_mixing_theory": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
     "03_refusal_low_rank": {
         "compare_with": [], "n_prompts": 12, "k_values": [1, 3], "n_random": 1, "n_draws": 4,
         "optimise_steps": 5,
@@ -66,7 +66,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
     (folder / "notebooks").mkdir()
     only_pictures = shutil.ignore_patterns("*.svg", "*.npz", "*.json", "*.html")
     shutil.copytree(ROOT / "figures", folder / "figures", ignore=only_pictures)  # shown before a run
-    for path in (ROOT / "notebooks").glob("0[1-4]_*.ipynb"):
+    for path in (path for path in (ROOT / "notebooks").rglob("*.ipynb") if path.stem in SMALL):
         nbformat.write(small(path, folder / "runs"), folder / "notebooks" / path.name)
     for name, values in SETTINGS.items():
         file = folder / "jupyterlab_settings_dir" / f"{name}.jupyterlab-settings"
@@ -324,7 +324,7 @@ def run(lab, browser) -> Iterator:
 
 
 def test_mixing_follows_its_sliders(run):
-    notebook = run("02_neighbor_mixing")
+    notebook = run("2a_mixing_theory")
     before = notebook.picture()
     notebook.step("self-weight", "ArrowLeft", 10)
     after = notebook.changes(before)
