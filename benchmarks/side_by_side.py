@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ def main(
     cases: Iterable[str],
     measure: Callable[[str, str, Path], dict],
     report: Callable[[str, list[Round]], None],
+    methods: Sequence[str] = METHODS,
 ) -> None:
     """The command line of a benchmark.
 
@@ -40,8 +41,9 @@ def main(
         description: of the command.
         cases: names of the cases to run.
         measure: (case, method, folder) -> what was measured, JSON. One folder serves all runs of a case,
-            which begin with "ours".
+            which begin with "ours". A method that can not be had is {"missing": why}.
         report: prints the rounds of a case.
+        methods: the ways, in their order.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=3)
@@ -59,7 +61,7 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             options = ["--folder", folder, "--threads", str(arguments.threads)]
             rounds = [
-                {method: _child(module, case, method, options) for method in METHODS}
+                {method: _child(module, case, method, options) for method in methods}
                 for _ in range(arguments.rounds)
             ]
         report(case, rounds)
@@ -106,7 +108,10 @@ def print_table(rounds: list[Round]) -> None:
         f"{'':16s}{'seconds':>9s}{'/ floor':>9s}{'/ straightforward':>19s}"
         f"{'MB above weights':>18s}{'/ straightforward':>19s}"
     )
-    for method in METHODS:
+    for method, found in rounds[0].items():
+        if "missing" in found:
+            print(f"{method:16s}{found['missing']}")
+            continue
 
         def median(of: str, against: str = "", method=method) -> float:
             others = [r[against][of] if against else 1 for r in rounds]

@@ -18,7 +18,7 @@ ROUND = {method: {"seconds": s, "megabytes": m} for method, s, m in
 
 
 def test_every_method_runs_and_agrees(monkeypatch, tmp_path, capsys):
-    small = {"n_walks": 2, "length": 70, "k_values": [1, 8], "n_draws": 2}
+    small = {"n_walks": 2, "length": 70, "window": 30, "k_values": [1, 8], "n_draws": 2}
     monkeypatch.setitem(induction_sweep.CASES, CASE, small)
     found = {m: induction_sweep.measure(CASE, m, tmp_path) for m in side_by_side.METHODS}
     # Baseline, two sizes of two lists, two random sets.
