@@ -6,7 +6,7 @@ import html
 import math
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,6 +120,20 @@ class Claim:
             unit=unit,
             reason=reason,
         )
+
+
+class Table:
+    """Rows of text that a notebook displays as a table; the first is the header."""
+
+    def __init__(self, rows: Sequence[Sequence[str]]):
+        self.rows = [list(map(str, row)) for row in rows]
+
+    def __repr__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in self.rows)
+
+    def _repr_html_(self) -> str:
+        return html_table(*self.rows)
 
 
 class ClaimsTable:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from lib import ROOT, registry
-from lib.claims import html_table, number
+from lib.claims import Table, number
 from lib.kernel import PlainError
 
 SHIPPED = ROOT / "sweeps" / "seeds" / "between_seeds.csv"
@@ -111,21 +111,8 @@ def seeds_table(study: str, path: str | Path = SHIPPED) -> str:
             verdicts = [each.verdicts.get(unit, "") for unit in units]
             values = [_number(each.values[unit]) for unit in units]
             lines += zip(heads, values, verdicts, summaries, strict=True)
-        parts.append(f"{title}\n{_aligned(lines)}")
+        parts.append(f"{title}\n{repr(Table(lines))}")
     return "\n\n".join(parts)
-
-
-class Table:
-    """Rows of text that a notebook displays as a table; the first is the header."""
-
-    def __init__(self, rows: Sequence[Sequence[str]]):
-        self.rows = [list(map(str, row)) for row in rows]
-
-    def __repr__(self) -> str:
-        return _aligned(self.rows)
-
-    def _repr_html_(self) -> str:
-        return html_table(*self.rows)
 
 
 def ladder_table(study: str, published_as: str, path: str | Path = LADDER) -> Table:
@@ -159,8 +146,3 @@ def _parsed(row: SeedNumber) -> SeedNumber:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else number(value)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

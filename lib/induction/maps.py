@@ -8,13 +8,16 @@ vary like them. What is done to it here is done by edits of `lib.interventions`:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import networkx as nx
 import numpy as np
 
-from lib.interventions import Projection, Shift
-from lib.walks import Graph
+from lib.induction.texts import Texts
+from lib.interventions import Condition, Head, Projection, Shift, Sweep
+from lib.walks import Graph, rule_following_accuracy
 
 
 def graph_harmonics(graph: Graph) -> np.ndarray:
@@ -106,3 +109,115 @@ def restored(missing: np.ndarray, patterns: np.ndarray | None, nodes: np.ndarray
         nodes: of the texts that are edited [text, token].
     """
     return Shift(missing if patterns is None else patterns @ (patterns.T @ missing), nodes)
+
+
+# -- the experiment of study 1: is the map used? ---------------------------------------------------
+
+
+class MapParts(NamedTuple):
+    """Patterns over the nodes of a graph, two each [node, 2], by what they are."""
+
+    grid: np.ndarray  # the two smoothest harmonics: its coordinates
+    middle: np.ndarray
+    checkerboard: np.ndarray  # the two roughest
+    shuffled: tuple[np.ndarray, ...]  # grids with their nodes dealt anew
+
+    @classmethod
+    def of(cls, graph: Graph, *, n_shuffled: int = 2, seed: int = 0) -> MapParts:
+        """The parts of a graph of five nodes or more."""
+        waves = graph_harmonics(graph)
+        ramps, half = waves[:, :2], waves.shape[1] // 2
+        false = tuple(shuffled_patterns(ramps, seed + i) for i in range(n_shuffled))
+        return cls(ramps, waves[:, half : half + 2], waves[:, -2:], false)
+
+
+class MapUse(NamedTuple):
+    """What edits of the word means did, by the part that was edited.
+
+    Attributes:
+        cost: accuracy lost when a part is removed at one layer, at equal variance [layout, layer].
+        everywhere: the same when it is removed at all of the layers at once [layout].
+        moved: probability that moves to the opposite node's neighbours when a part is turned
+            [layout, layer]; empty for a graph without such a turn.
+        restored: accuracy without some heads, plus a part that is missing there [layout, layer].
+    """
+
+    cost: dict[str, np.ndarray]
+    everywhere: dict[str, np.ndarray]
+    moved: dict[str, np.ndarray]
+    restored: dict[str, np.ndarray]
+
+
+def map_edits(
+    graph: Graph, known: dict[int, np.ndarray], lacking: dict[int, np.ndarray], texts: Texts, *,
+    removed_at: Sequence[int], turned_at: Sequence[int], heads: Iterable[Head], share: float, seed: int,
+) -> list[Condition]:  # fmt: skip
+    """Conditions that remove, turn and add parts of the map; `map_use` reads what they did.
+
+    Args:
+        known: layer -> word means of each text, of other walks of its layout [text, node, d_model].
+        lacking: layer -> the same minus those without `heads`.
+        texts: that are edited.
+        removed_at, turned_at: layers; parts are turned and added at the latter.
+        heads: that are ablated where parts are added.
+        share: of the variance of the word means that a removal takes away.
+        seed: of shuffled nodes.
+    """
+    parts, image, heads = MapParts.of(graph, seed=seed), opposite_nodes(graph), frozenset(heads)
+    dealt = np.random.default_rng(seed).permutation(graph.n_nodes)
+    named = [("grid", 0, parts.grid), ("middle", 0, parts.middle), ("checkerboard", 0, parts.checkerboard)]
+    named += [("shuffled grids", draw, part) for draw, part in enumerate(parts.shuffled)]
+    edits = [
+        Condition(f"remove {name} {layer}", (), draw, {layer: removal(known[layer], part, share)})
+        for layer in removed_at
+        for name, draw, part in named
+    ]
+    for name, part in (("grid", parts.grid), ("shuffled grids", parts.shuffled[0])):
+        everywhere = {layer: removal(means, part, share) for layer, means in known.items()}
+        edits.append(Condition(f"remove {name} everywhere", edits=everywhere))
+    for layer in turned_at:
+        means, gap = known[layer], lacking[layer]
+        moves = {
+            "grid": parts.grid,
+            "shuffled grids": parts.shuffled[0],
+            "everything": graph_harmonics(graph),
+        }
+        for name, part in moves.items() if image is not None else ():
+            edit = turned(means, part, image, texts.nodes)
+            edits.append(Condition(f"turn {name} {layer}", edits={layer: edit}))
+        for name, what, part in (("grid", gap, parts.grid), ("shuffled grids", gap[:, dealt], parts.grid),
+                                 ("everything", gap, None)):  # fmt: skip
+            edit = restored(what, part, texts.nodes)
+            edits.append(Condition(f"add {name} {layer}", heads, edits={layer: edit}))
+    return edits
+
+
+def map_use(
+    edited: Sweep, graph: Graph, texts: Texts, *, removed_at: Sequence[int], turned_at: Sequence[int],
+    intact: np.ndarray,
+) -> MapUse:  # fmt: skip
+    """Read a sweep over `map_edits`.
+
+    Args:
+        edited: the sweep.
+        intact: probabilities of the words in the intact model at the same positions [text, position, node].
+    """
+    nodes = texts.nodes[:, edited.positions]
+    left = rule_following_accuracy(edited.word_probabilities, nodes, graph).mean(-1)  # [condition, text]
+    whole = rule_following_accuracy(intact, nodes, graph).mean(-1)  # [text]
+
+    def by_layer(values: np.ndarray, kind: str, layers: Sequence) -> np.ndarray:
+        return np.stack([values[edited.find(f"{kind} {layer}")].mean(0) for layer in layers], 1)
+
+    parts = ("grid", "shuffled grids", "middle", "checkerboard")
+    cost = {part: whole[:, None] - by_layer(left, f"remove {part}", removed_at) for part in parts}
+    wide = {part: whole - by_layer(left, f"remove {part}", ["everywhere"])[:, 0] for part in parts[:2]}
+    added = ("everything", "grid", "shuffled grids")
+    back = {part: by_layer(left, f"add {part}", turned_at) for part in added}
+    moved, image = {}, opposite_nodes(graph)
+    if image is not None:
+        away = (graph.adjacency[image] & ~graph.adjacency)[nodes]  # [text, position, node]
+        there = (edited.word_probabilities * away).sum(-1).mean(-1)
+        before = (intact * away).sum(-1).mean(-1)
+        moved = {part: by_layer(there, f"turn {part}", turned_at) - before[:, None] for part in added}
+    return MapUse(cost, wide, moved, back)
