@@ -97,6 +97,17 @@ def thoughts(codi, questions):
     return think(codi, questions)
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in bfloat16, from the user's own cache; fetched there once, 98 MB."""
+    from lib import models
+
+    try:
+        return models.load("SmolLM2-135M-Instruct", dtype="bfloat16")
+    except models.ModelError as error:
+        pytest.skip(f"no pretrained model can be had: {error}")
+
+
 PARAMETERS = """seq_len: int = 400  # tokens in a walk
 k_values: list[int] = [1, 2]  # heads ablated at a time
 window: int = 200  # tokens averaged at the end of a walk

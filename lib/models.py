@@ -136,7 +136,7 @@ def load(
         folder, revision = Path(model_id).expanduser(), revision_of(model_id, revision)
         if registered and registered.file:
             folder = sources.obtain(registered)
-        elif folder.suffix == ".gguf":
+        elif folder.suffix.lower() == ".gguf":
             folder = sources.from_gguf(folder)
         elif (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} holds an adapter, no whole model; merge it into its base model first")
@@ -193,7 +193,7 @@ def revision_of(model_id: str, revision: str | None) -> str | None:
             one than the pinned one of a model that is known by its hash.
     """
     path = Path(model_id).expanduser()
-    if not (path.is_dir() or path.suffix == ".gguf"):
+    if not (path.is_dir() or path.suffix.lower() == ".gguf"):
         registered = registry.lookup(model_id)
         if registered and registered.file and revision not in (None, "", registered.revision):
             raise ModelError(

@@ -450,7 +450,9 @@ def _unpack(path: Path, source: str, target: Path) -> None:
         files = {each.name: _hash(each) for each in sorted(work.iterdir())}
         facts = {"file": path.name, "sha256": source, "files": files}
         (work / "source.json").write_text(json.dumps(facts, indent=1) + "\n")
+        work.chmod(0o755)  # as any folder, should the cache be shared
         for each in work.iterdir():
+            each.chmod(0o644)
             with each.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(work, target)

@@ -22,6 +22,7 @@ from tiny import (
     blocks,
     output_projection,
     random_model,
+    save_chat,
     save_tiny,
     tokenizer,
     use_hub,
@@ -29,6 +30,7 @@ from tiny import (
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE, Unigram
 from transformers import (
+    AddedToken,
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
@@ -576,8 +578,62 @@ def test_text_opens_with_bos_or_else_with_the_end_of_text(folder):
     assert bos_id(load(str(folder))) == 0
     assert bos_id(wrapped(bpe_tokenizer(bos_token="<bos>", eos_token="<end>"))) == len(bpe_tokenizer())
     assert bos_id(wrapped(bpe_tokenizer(eos_token="<end>"))) == 0
+    neither = wrapped(sentencepiece_tokenizer())
+    neither._module.config.bos_token_id = None
     with pytest.raises(ModelError, match="no BOS and no end-of-text token"):
-        bos_id(wrapped(bpe_tokenizer()))
+        bos_id(neither)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+# Family: what opens its texts; tokens of its tokenizer; its chat template; its config's BOS.
+OPENINGS = {
+    "SmolLM2": (
+        "<|endoftext|>",
+        {"bos": "<|im_start|>", "eos": "<|im_end|>", "unk": "<|endoftext|>"},
+        CHATML,
+        1,
+    ),
+    "Qwen2.5": ("<|endoftext|>", {"eos": "<|im_end|>", "pad": "<|endoftext|>"}, CHATML, None),
+    "Qwen2.5-GGUF": ("<|endoftext|>", {"bos": "<|endoftext|>", "eos": "<|im_end|>"}, CHATML, 2),
+    "Llama 3": ("<|begin_of_text|>", {"bos": "<|begin_of_text|>", "eos": "<|eot_id|>"}, "{{ bos_token }}", 0),
+    "Gemma": ("<bos>", {"bos": "<bos>", "eos": "<eos>"}, "{{ bos_token }}<start_of_turn>", None),
+    "Phi 3": ("<s>", {"bos": "<s>", "eos": "<|endoftext|>"}, "<s><|user|>", None),
+    "Mistral": ("<s>", {"bos": "<s>", "eos": "</s>"}, None, None),
+    "GPT-2": ("<|endoftext|>", {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}, None, None),
+    "turns alone": ("<|im_start|>", {"bos": "<|im_start|>", "eos": "<|im_end|>"}, CHATML, "<|im_start|>"),
+    "end alone": ("<end>", {"eos": "<end>"}, "{{ messages[0].content }}", None),
+}
+
+
+@pytest.mark.parametrize(("opening", "special", "template", "configured"), OPENINGS.values(), ids=OPENINGS)
+def test_a_text_opens_with_what_stood_between_documents(opening, special, template, configured):
+    made = bpe_tokenizer(**{f"{role}_token": token for role, token in special.items()})
+    made.chat_template = template
+    model = wrapped(made, len(made))
+    known = made.get_vocab()
+    model._module.config.bos_token_id = known.get(configured, configured)
+    assert bos_id(model) == bos_id(model, "auto") == known[opening]
+    assert bos_id(model, "none") is None and bos_id(model, "<end>") == known["<end>"]
+    with pytest.raises(ModelError, match="bos '<no>' is no token of this tokenizer; pass 'auto', 'none'"):
+        bos_id(model, "<no>")
+
+
+@pytest.mark.parametrize(
+    ("name", "opening"),
+    [
+        ("Qwen3-1.7B", "<|endoftext|>"),
+        ("gemma-2b-it", "<bos>"),
+        ("Llama-3.1-8B-Instruct", "<|begin_of_text|>"),
+        ("Phi-3-mini-4k-instruct", "<s>"),
+    ],
+)
+def test_chat_models_open_a_text_as_their_base_models_do(name, opening, tmp_path):
+    model = load(str(save_chat(name, tmp_path)))
+    assert bos_id(model) == model.tokenizer.get_vocab()[opening]
 
 
 def test_bos_goes_before_every_sequence(folder):
@@ -586,6 +642,8 @@ def test_bos_goes_before_every_sequence(folder):
         ids = with_bos(model, tokens)
         assert ids.dtype == torch.int64 and np.array_equal(ids[:, 1:], tokens)
         assert set(ids[:, 0].tolist()) == {bos_id(model) if opening is None else opening}
+        bare = with_bos(model, tokens, "none")
+        assert bare.dtype == torch.int64 and np.array_equal(bare, tokens)
 
 
 def test_plain_tokens_are_all_that_model_and_tokenizer_both_have_but_the_special_ones(folder):
@@ -593,3 +651,195 @@ def test_plain_tokens_are_all_that_model_and_tokenizer_both_have_but_the_special
     padded, cut = wrapped(tokenizer(), VOCABULARY + 24), wrapped(tokenizer(), VOCABULARY - 5)
     assert plain_token_ids(padded) == list(range(2, VOCABULARY))
     assert plain_token_ids(cut) == list(range(2, VOCABULARY - 5))
+
+
+def test_added_unused_and_byte_tokens_are_not_plain():
+    made = bpe_tokenizer(eos_token="<end>")
+    plain = plain_token_ids(wrapped(made, len(made)))
+    assert plain == list(range(1, len(made)))
+    control = [f"<|reserved_special_token_{i}|>" for i in range(5)]
+    made.add_tokens([AddedToken(text, special=True) for text in control] + ["<tool_call>"])
+    assert plain_token_ids(wrapped(made, len(made))) == plain
+    pieces = ["<unk>", "<0x0A>", "<unused7>", "[PAD3]", "[unused1]", "a", "<0xg>", "unused"]
+    inner = Tokenizer(Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    model = wrapped(PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>"), len(pieces))
+    assert [pieces[token] for token in plain_token_ids(model)] == ["a", "<0xg>", "unused"]
+
+
+# -- what results depend on ------------------------------------------------------------------------
+
+
+def edit_json(name: str, **values):
+    def edit(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return edit
+
+
+def edit_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    words = json.loads(path.read_text())
+    words["model"]["vocab"]["apple"], words["model"]["vocab"]["bird"] = (
+        words["model"]["vocab"]["bird"],
+        words["model"]["vocab"]["apple"],
+    )
+    path.write_text(json.dumps(words))
+
+
+@pytest.mark.parametrize(
+    ("field", "edit"),
+    [
+        ("config_sha256", edit_json("config.json", rms_norm_eps=1e-3)),
+        ("generation_sha256", edit_json("generation_config.json", eos_token_id=7)),
+        ("tokenizer_sha256", edit_tokenizer),
+        ("tokenizer_sha256", edit_json("tokenizer.json", post_processor=None)),
+        ("tokenizer_sha256", edit_json("tokenizer_config.json", bos_token="w20")),
+        ("chat_template_sha256", lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 }}")),
+    ],
+)
+def test_provenance_follows_all_that_results_depend_on(field, edit, tmp_path):
+    folder = save_tiny("llama", tmp_path / "llama", chat=True)
+    before = provenance(load(str(folder)))
+    edit(folder)
+    after = provenance(load(str(folder)))
+    assert {name for name in before if before[name] != after[name]} == {field}
+
+
+def test_provenance_does_not_follow_what_results_do_not_depend_on(tmp_path):
+    folder = save_tiny("llama", tmp_path / "llama", chat=True)
+    first = provenance(load(str(folder)))
+    edit_json("config.json", transformers_version="4.0.0", dtype="bfloat16", _name_or_path="elsewhere")(
+        folder
+    )
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (tmp_path / "weights").write_bytes((other / "model.safetensors").read_bytes())
+    (other / "model.safetensors").unlink()
+    (other / "model.safetensors").symlink_to(tmp_path / "weights")
+    (other / "stray.safetensors").write_bytes(b"not loaded")
+    second = provenance(load(str(other), dtype="bfloat16"))
+    assert {name for name in first if first[name] != second[name]} == {"model_id", "dtype"}
+
+
+def test_weights_of_any_layout_are_hashed_by_their_bytes(tmp_path):
+    model = random_model(copy.deepcopy(CONFIGS["llama"]))
+    seen = set()
+    for layout in ("shards", "bin"):
+        folder = tmp_path / layout
+        model.save_pretrained(folder, max_shard_size="20KB" if layout == "shards" else "1GB")
+        tokenizer().save_pretrained(folder)
+        if layout == "bin":
+            torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        seen.add(provenance(load(str(folder)))["weights_sha256"])
+        changed = (
+            sorted(folder.glob("model-*.safetensors"))[-1]
+            if layout == "shards"
+            else folder / "pytorch_model.bin"
+        )
+        load_, save = (load_file, save_file) if layout == "shards" else (torch.load, torch.save)
+        tensors = load_(changed)
+        next(iter(tensors.values())).add_(0.5)
+        save(tensors, changed, **({"metadata": {"format": "pt"}} if layout == "shards" else {}))
+        seen.add(provenance(load(str(folder)))["weights_sha256"])
+    assert len(seen) == 4
+
+
+# -- weights that are no plain numbers -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_a_quantised_folder_is_refused_by_its_method(method, folder):
+    edit_json("config.json", quantization_config={"quant_method": method, "bits": 4})(folder)
+    with pytest.raises(ModelError, match=rf"its weights are quantised \({method}\).* or a GGUF file of it"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_are_stored_as_integers_are_not_cast(dtype, folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    damage(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ModelError, match=f"{name} is stored as .8.*, so its weights are quantised"):
+        load(str(folder))
+
+
+def test_an_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"{folder} holds an adapter, no whole model; merge it"):
+        load(str(folder))
+
+
+# -- dtype "auto", and names -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("LATENT_GEOMETRY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_what_the_processor_is_fast_at(fast, dtype, folder, own_cache, monkeypatch):
+    measured = []
+    monkeypatch.setattr(models, "_bfloat16_is_fast", lambda device: measured.append(device) or fast)
+    for _ in range(2):
+        model = load(str(folder), dtype="auto")
+        assert provenance(model)["dtype"] == dtype
+        assert {str(p.dtype) for p in model._module.parameters()} == {f"torch.{dtype}"}
+    assert measured == ["cpu"], "once on a machine"
+    assert provenance(load("organism/induction", dtype="auto"))["dtype"] == "float32"
+    assert models.auto_dtype("owner/name", "cuda:1") == "bfloat16"
+    monkeypatch.setattr(torch, "__version__", "another")
+    models.auto_dtype("owner/name", "cpu")
+    assert measured == ["cpu", "cpu"]
+
+
+def test_the_measurement_of_auto_is_of_both_dtypes(monkeypatch):
+    assert models._bfloat16_is_fast("cpu") in (True, False)
+    assert models._processor()
+    clock = iter(range(10**6))
+    monkeypatch.setattr(models.time, "perf_counter", lambda: next(clock))
+    assert not models._bfloat16_is_fast("cpu"), "equally fast"
+
+
+def test_large_weights_are_looked_through_once(tmp_path, own_cache, monkeypatch):
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.vocab_size, config.hidden_size = 80_000, 64
+    random_model(config).save_pretrained(tmp_path / "large")
+    tokenizer().save_pretrained(tmp_path / "large")
+    looked, whole = [], models._check_finite
+    monkeypatch.setattr(models, "_check_finite", lambda *args: looked.append(1) or whole(*args))
+    for dtype in ("float32", "float32", "bfloat16"):
+        load(str(tmp_path / "large"), dtype=dtype)
+    assert len(looked) == 2, "once in a dtype"
+
+
+def test_names_of_the_registry_are_models(tmp_path, monkeypatch):
+    gpt2 = registry.find("gpt2")
+    use_hub(monkeypatch, tmp_path / "hub")
+    add_to_hub_cache(save_tiny("gpt2", tmp_path / "tiny"), tmp_path / "hub", gpt2.id, gpt2.revision)
+    by_name = provenance(load("gpt2"))
+    assert by_name == provenance(load(gpt2.id)) and by_name["revision"] == gpt2.revision
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "gpt2")
+    assert provenance(load("gpt2"))["config_sha256"] != by_name["config_sha256"], "a folder goes first"
+
+
+# -- a pretrained model ----------------------------------------------------------------------------
+
+
+def test_a_pretrained_gguf_model_is_read_as_it_was_trained(smollm2):
+    record = provenance(smollm2)
+    known = registry.find("SmolLM2-135M-Instruct")
+    assert record["source_sha256"] == known.file.sha256 and record["revision"] == known.revision
+    assert record["n_parameters"] == pytest.approx(known.billions * 1e9, rel=0.01)
+    assert shape(smollm2).n_layers == known.layers
+    assert smollm2.tokenizer.convert_ids_to_tokens(bos_id(smollm2)) == "<|endoftext|>"
+    plain = plain_token_ids(smollm2)
+    assert len(smollm2.tokenizer) - len(plain) == 17 and not set(range(17)) & set(plain)
+    assert len(word_ids(smollm2, GRID_WORDS)) == 16
+    # It says what English says, and repeats what it read: its weights are in their places.
+    text = smollm2.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    likely = smollm2._module(with_bos(smollm2, text.numpy())).logits[0, -1].argmax()
+    assert smollm2.tokenizer.decode(likely) == " Paris"

@@ -89,15 +89,26 @@ def test_the_models_of_the_studies_are_all_there():
 def test_every_entry_is_what_its_notebook_and_the_literature_know(model, study):
     schema = schemas()[study]
     parameters = schema.model_validate(model.parameters(study))
-    assert parameters.model_id == model.id and parameters.dtype == model.dtype
+    named = (model.name, "auto") if model.file else (model.id, model.dtype)
+    assert (parameters.model_id, parameters.dtype) == named
     assert set(model.studies[study].asks) <= set(schema.model_fields)
     for key in model.studies[study].published:
         assert published(key), key
     if "layer" in model.parameters(study):
         assert 0 < parameters.layer < model.layers
     assert model.revision, "the newest commit of a model of the studies is not what was measured"
-    assert (study == "01_induction_ablation") == bool(model.studies[study].depth_fraction)
-    assert bool(model.chat) == (study == "03_refusal_low_rank")
+    # The notebooks' own defaults are for the models that are files.
+    assert (study == "01_induction_ablation" and not model.file) == bool(model.studies[study].depth_fraction)
+    assert bool(model.chat) == (study == "03_refusal_low_rank" or bool(model.file))
+    assert not (model.file and model.studies[study].parameters)
+
+
+@pytest.mark.parametrize("model", [m for m in registry.registry() if m.file], ids=lambda m: m.name)
+def test_wheels_carry_the_whole_file(model):
+    wheels = model.file.wheels
+    assert sum(wheel.bytes for wheel in wheels) == model.file.bytes
+    assert len({wheel.sha256 for wheel in wheels}) == len(wheels)
+    assert len(wheels) > 1 or wheels[0].sha256 == model.file.sha256
 
 
 def test_llama_is_run_as_published():
@@ -133,6 +144,8 @@ def test_unknown_names_are_met_with_the_nearest():
         ("- {name: a", "while parsing"),
         ("- {name: a, id: a/b, revisoin: main}", "revisoin"),
         ("- {name: a, id: a/b, revision: main}", "revision"),
+        ("- {name: a, id: a/b, file: {name: ../a.gguf, bytes: 1, sha256: x}}", "file.name"),
+        ("- {name: a, id: a/b, file: {name: a.gguf, bytes: 0, sha256: x}}", "file.sha256"),
     ],
 )
 def test_broken_registry_is_named(tmp_path, monkeypatch, text, message):
