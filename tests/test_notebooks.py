@@ -34,13 +34,23 @@ SMALL = {
     "00_start_here": {},
     "01_induction_ablation": {
         "seq_len": 160,
-        "window": 60,
-        "n_walks": 4,
+        "window": 100,
+        "n_layouts": 4,
+        "n_selecting": 1,
         "k_values": [1, 2],
         "n_random_sets": 2,
         "n_bootstrap": 100,
     },
-    "02_neighbor_mixing": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
+    "02_neighbor_mixing": {
+        "seq_len": 160,
+        "window": 100,
+        "n_layouts": 4,
+        "n_selecting": 1,
+        "dim": 256,
+        "n_seeds": 3,
+        "n_bootstrap": 100,
+    },
+    "2a_mixing_theory": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
     "03_refusal_low_rank": {
         "compare_with": ["organism/refusal-planted-1"],
         "n_prompts": 16,
@@ -53,7 +63,10 @@ SMALL = {
 }
 
 # Verdicts that these must give: what was published of another setting is not compared.
-AWAY_FROM_THE_PUBLISHED = {"02_neighbor_mixing": {"toy-before": "not tested", "toy-after": "not tested"}}
+AWAY_FROM_THE_PUBLISHED = {"2a_mixing_theory": {"toy-before": "not tested", "toy-after": "not tested"}}
+
+# Notebooks that are still longer than a reader of ten minutes wants.
+TO_BE_RETOLD = {"00_start_here", "03_refusal_low_rank", "04_codi_attention"}
 
 # Calls that a cell may end with and show nothing.
 SILENT = {
@@ -106,6 +119,17 @@ def test_is_stored_as_executed(path):
 def test_keeps_to_its_shape(path):
     assert misshapen(read(path)) == []
     assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in TO_BE_RETOLD],
+                         ids=lambda path: path.stem)  # fmt: skip
+def test_can_be_read_in_ten_minutes(path):
+    notebook = read(path)
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert sum(len(text.split()) for text in prose) <= 2500
+    cells = code_cells(notebook)
+    assert len(cells) <= 30
+    assert [line for cell in cells[1:] for line in cell.source.splitlines() if len(line) > 100] == []
 
 
 @each_notebook
@@ -228,8 +252,8 @@ def misshapen(notebook) -> list[str]:
         found.append("its first code cell is not tagged as the parameters")
     if "Study(" not in cells[1].source or sizes[1] > 6:
         found.append("its second code cell is no setup of at most 6 lines")
-    if median > 8 or most > 25:
-        found.append(f"its code cells have {median:g} lines (median), at most {most}; limits: 8, 25")
+    if median > 12 or most > 25:
+        found.append(f"its code cells have {median:g} lines (median), at most {most}; limits: 12, 25")
     if prose and sum(prose) < 0.85 * len(prose):
         found.append(f"only {sum(prose)} of {len(prose)} code cells follow prose")
     if "study.close()" not in cells[-1].source:

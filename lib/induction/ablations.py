@@ -12,7 +12,8 @@ from lib import geometry
 from lib.claims import Table
 from lib.induction.texts import Texts
 from lib.interventions import Condition, Sweep, ablation_sweep
-from lib.models import TransformersModel, check_layer, shape
+from lib.models import TransformersModel, check_layer
+from lib.models import shape as sizes_of
 from lib.statistics import bootstrap_mean
 from lib.walks import Graph, rule_following_accuracy
 
@@ -77,6 +78,12 @@ class Ablations:
         rows = self.followed[self.members(name, k)]
         return np.stack([rows[..., place == b].mean((1, -1)) for b in range(n)], axis=1)
 
+    def curve_by(self, cuts: Sequence[int]) -> np.ndarray:
+        """Accuracy of the intact model between cuts of the walk [text, stretch]."""
+        place = np.digitize(self.sweep.positions, cuts) - 1
+        rows = self.followed[self.members()[0]]
+        return np.stack([rows[:, place == b].mean(1) for b in range(len(cuts) - 1)], axis=1)
+
     def means(self, name: str = "", k: int = 0) -> np.ndarray:
         """Word means over the window, of the first draw [layout, layer, node, d_model]."""
         return self.sweep.select(self.members(name, k)[:1]).class_means(per_sequence=True)[0]
@@ -138,8 +145,31 @@ def layer_of_the_map(
         positions=[texts.nodes.shape[1] - 1], n_classes=graph.n_nodes, n_prefix=texts.n_prefix, **options,
     )  # fmt: skip
     energies = geometry.plane_energies(sweep.class_means(per_sequence=True)[0], graph)  # [text, layer]
-    half = shape(model).n_layers // 2
+    half = sizes_of(model).n_layers // 2
     return half + int(np.median(energies, axis=0)[half:-1].argmin())
+
+
+def stretches(texts: Texts, cuts: Sequence[int], start: int, n_nodes: int) -> np.ndarray:
+    """Labels that count the window, and each stretch between cuts, apart: [1 + stretch, text, token].
+
+    Node i of group g is class g * n_nodes + i, -1 outside of it.
+    """
+    groups = [texts.within(start), *(texts.within(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True))]
+    return np.stack([np.where(group < 0, -1, group + i * n_nodes) for i, group in enumerate(groups)])
+
+
+def layout_means(sweep: Sweep, n_layouts: int, n_groups: int) -> np.ndarray:
+    """Word means over all walks of a layout [condition, layout, layer, group, node, d_model].
+
+    Args:
+        sweep: over texts of which those of a layout stand together, with labels of `stretches`.
+        n_groups: of those labels.
+    """
+    sums, counts = sweep.class_sums, sweep.class_counts
+    n_nodes, d_model = sums.shape[-2] // n_groups, sums.shape[-1]
+    shape = (len(sums), n_layouts, -1, len(sweep.layers), n_groups, n_nodes, d_model)
+    counts = counts.reshape(n_layouts, -1, n_groups, n_nodes).sum(1)
+    return geometry.means_of(sums.reshape(shape).sum(2), counts[:, None])
 
 
 def leaning(stream: np.ndarray, nodes: np.ndarray, targets: np.ndarray, n_nodes: int) -> np.ndarray:

@@ -44,19 +44,20 @@ def draw_planes(axes: Sequence[Axes], planes: Mapping[str, np.ndarray], graph: G
 
 
 def answer(
-    context: np.ndarray, intact: np.ndarray, curves: Mapping[str, Mapping[int, np.ndarray]],
+    length: int, intact: np.ndarray, curves: Mapping[str, Mapping[int, np.ndarray]],
     draws: np.ndarray, planes: Mapping[str, np.ndarray], graph: Graph, *, titles: Sequence[str],
 ) -> Figure:  # fmt: skip
     """Accuracy against context without the top heads of two lists, above three planes of word means.
 
     Args:
-        context: tokens [point].
-        intact: accuracy [point].
+        length: of a walk (tokens).
+        intact: accuracy in equal stretches of it [point].
         curves: name of the list -> number of heads -> accuracy [point].
         draws: accuracy of each random set [draw, point].
         planes: name -> [node, 2].
         titles: of the two panels, and of the planes together.
     """
+    context = (np.arange(len(intact)) + 0.5) * length / len(intact)
     fig = plt.figure(figsize=(plots.PAGE, 5.6))
     top, bottom = fig.subfigures(2, 1, height_ratios=[1, 0.95])
     axes = top.subplots(1, 2, sharey=True)
@@ -91,8 +92,7 @@ def head_scores(scores: Mapping[str, np.ndarray], top: int) -> Figure:
 
 
 def energy_by_layer(
-    energies: Mapping[str, Band], singles: np.ndarray, colours: Sequence[str], *, chance: float,
-    layer: int, title: str,
+    energies: Mapping[str, Band], singles: np.ndarray, *, chance: float, layer: int, title: str
 ) -> Figure:  # fmt: skip
     """Energy in the plane at the input of every layer: bands over layouts, and the intact ones one by one.
 
@@ -108,6 +108,7 @@ def energy_by_layer(
     ax.set(ylim=(0, 1.05 * max(np.nanmax(singles), max(np.nanmax(band.high) for band in energies.values()))))
     ax.plot(x, singles.T, ".", color=plots.BLACK, markersize=2.5, alpha=0.35)
     ax.axvline(layer, color="0.85", linewidth=5, zorder=0)
+    colours = (plots.BLACK, plots.BLUE, plots.VERMILLION, plots.GREY)
     plots.draw_bands(ax, x, energies, colours, levels={"shuffled words": chance})
     return fig
 

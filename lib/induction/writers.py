@@ -7,7 +7,7 @@ and the shares add up to 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,25 @@ class Parts(NamedTuple):
             return inner / size.reshape(-1, *[1] * (inner.ndim - 1))
 
         return {name: share(getattr(self, name)) for name in ("embedding", "heads", "mlps")}
+
+
+def shares_by_kind(
+    parts: Parts, patterns: np.ndarray, lists: Mapping[str, Iterable[Head]]
+) -> dict[str, np.ndarray]:
+    """Shares of lists of heads, of the other heads, of all MLPs and of the embedding: kind -> [text].
+
+    Args:
+        patterns: [node, k], see `Parts.shares`.
+        lists: name -> heads; those that are not below the layer count nowhere, one of two lists in the first.
+    """
+    shares = parts.shares(patterns)
+    of_heads, counted, found = shares["heads"], set(), {}
+    for name, heads in lists.items():
+        own = {head for head in heads if head[0] < of_heads.shape[1]} - counted
+        found[name] = sum((of_heads[:, layer, head] for layer, head in own), np.zeros(len(of_heads)))
+        counted |= own
+    found["other heads"] = of_heads.sum((1, 2)) - sum(found.values())
+    return found | {"MLPs": shares["mlps"].sum(1), "embedding": shares["embedding"]}
 
 
 def parts_of_stream(
