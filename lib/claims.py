@@ -176,7 +176,10 @@ def number(value: float | str | None) -> str:
     """A number as it is printed, with three digits, so that reruns compare equal; words as they are."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else f"{value + 0.0:.3g}"  # + 0.0: no "-0"
+    if isinstance(value, str):
+        return value
+    whole = value == round(value) and abs(value) >= 1000
+    return f"{value:.0f}" if whole else f"{value + 0.0:.3g}"  # + 0.0: no "-0"
 
 
 def rule_text(claim: Claim) -> str:
