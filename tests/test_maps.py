@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
 from tiny import FAMILIES, save_tiny
 
 from lib import geometry, models, walks
-from lib.induction import figures, maps
+from lib.induction import circuits, figures, maps
+from lib.induction.ablations import Ablations, layer_of_the_map, layout_means, stretches
+from lib.induction.circuits import circuit
 from lib.induction.texts import Texts, deal
-from lib.induction.writers import parts_of_stream
+from lib.induction.writers import parts_of_stream, shares_by_kind
+from lib.interventions import Condition, ablation_sweep
 from lib.models import ModelError
 from lib.parameters import GRID_WORDS
+from lib.statistics import Band, Estimate
 
 GRID = walks.grid_graph(4, 4, GRID_WORDS)
 
@@ -241,3 +247,193 @@ def test_plane_is_turned_to_the_drawn_graph_and_keeps_its_energy(means):
     absent[4] = np.nan
     plane = figures.on_axes(absent, absent, figures.plane_axes(absent, GRID))
     assert np.isnan(plane[4]).all() and np.isfinite(np.delete(plane, 4, axis=0)).all()
+
+
+@pytest.fixture
+def drawn():
+    """Numbers of a model of 30 layers, as the figures take them."""
+    rng = np.random.default_rng(0)
+    band = Band(*(np.sort(rng.random((3, 31)), axis=0)[[1, 0, 2]]))
+    return rng, band
+
+
+def test_figures_of_a_deep_model_label_their_lines_apart(means, drawn):
+    rng, band = drawn
+    singles = rng.random((8, 31))
+    plane = figures.on_axes(means[0], means[0], figures.plane_axes(means[0], GRID))
+    ends = Band(*(x[:6] for x in band))
+    estimate = Estimate(0.3, 0.2, 0.4)
+    made = [
+        figures.head_scores({"induction": rng.random((30, 9)), "previous token": rng.random((30, 9))}, 9),
+        figures.energy_by_layer(dict.fromkeys("abcd", band), singles, chance=3.2, layer=23, title="t"),
+        figures.answer(400, rng.random(8), {"induction": {1: rng.random(8), 32: rng.random(8)},
+                                            "previous token": {1: rng.random(8)}}, rng.random((3, 8)),
+                       {"a": plane, "b": plane, "c": plane}, GRID, titles=["x", "y", "z"]),
+        figures.bigrams(plane, np.repeat(plane, 16, axis=0), GRID, {"previous word": rng.random(50)}, "t"),
+        figures.over_context(np.arange(6), {12: rng.random(6), 23: rng.random(6)}, ends,
+                             headless=rng.random(6), chance=3.2, titles=("a", "b")),
+        figures.map_use(range(6), {"grid": ends, "checkerboard": ends}, [1, 3], {}, ("a", "b")),
+        figures.writers({"x": {"MLPs": estimate}, "y": {"MLPs": estimate}, "z": {"MLPs": estimate}},
+                        {"nobody": estimate}, 3.2, ("a", "b")),
+    ]  # fmt: skip
+    for fig in made:
+        fig.canvas.draw()
+        width = fig.get_size_inches()[0] * fig.dpi
+        for ax in fig.findobj(Axes):
+            titles = [ax.title, ax._left_title]
+            assert all(t.get_window_extent().x1 <= width + 1 for t in titles if t.get_text()), "cut off"
+    pyplot.close("all")
+
+
+# -- ablations -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(organism):
+    texts = deal(organism, GRID, 80, first=0, n=3, seed=0, walk_seed=0)
+    heads = [(2, 0), (2, 2), (3, 0), (3, 2)]
+    random = [[(0, 1), (1, 1)], [(1, 2), (4, 1)]]
+    conditions = [Condition("baseline"), Condition("induction", heads[2:])]
+    conditions += [Condition("random", pair, draw) for draw, pair in enumerate(random)]
+    sweep = ablation_sweep(organism, texts.ids, conditions, word_ids=texts.words, n_classes=16,
+                           labels=texts.within(40), positions=np.arange(0, 80, 3))  # fmt: skip
+    return Ablations(sweep, texts, GRID, 40)
+
+
+def naive_accuracy(runs, condition, text, first):
+    found = []
+    for place, position in enumerate(runs.sweep.positions):
+        if position >= first:
+            node = runs.texts.nodes[text, position]
+            found.append(sum(runs.sweep.word_probabilities[condition, text, place, j]
+                             for j in range(16) if GRID.adjacency[node, j]))  # fmt: skip
+    return np.mean(found)
+
+
+def test_accuracy_is_that_of_a_naive_loop(runs):
+    for text in range(3):
+        assert runs.accuracy()[text] == pytest.approx(naive_accuracy(runs, 0, text, 40), rel=1e-5)
+        assert runs.accuracy("induction", 2)[text] == pytest.approx(
+            naive_accuracy(runs, 1, text, 40), rel=1e-5
+        )
+        both = [naive_accuracy(runs, c, text, 40) for c in (2, 3)]
+        assert runs.accuracy("random", 2)[text] == pytest.approx(np.mean(both), rel=1e-5)
+    assert runs.draws("random", 2) == pytest.approx(
+        [np.mean([naive_accuracy(runs, c, text, 40) for text in range(3)]) for c in (2, 3)], rel=1e-5
+    )
+
+
+def test_within_the_words_is_a_share_of_their_probability(runs):
+    assert (runs.within() > runs.accuracy()).all() and (runs.within() <= 1).all()
+
+
+def test_energies_are_those_of_the_means(runs):
+    means = runs.means("induction", 2)
+    assert means.shape == (3, 6, 16, 256)
+    for text in range(3):
+        expected = geometry.plane_energies(means[text], GRID)
+        assert runs.energies("induction", 2)[text] == pytest.approx(expected, nan_ok=True)
+
+
+def test_curves_cover_the_walk(runs):
+    assert runs.curve("random", 2, n=4).shape == (2, 4)
+    assert runs.curve_by([0, 40, 80])[:, 1] == pytest.approx(runs.accuracy(), rel=1e-6)
+
+
+def test_table_puts_published_values_at_like_shares(runs):
+    published = {
+        "ablated_heads": [0, 32], "n_heads": 640,
+        "accuracy_induction_ablated": [0.9, 0.4],
+    }  # fmt: skip
+    rows = runs.table(["induction"], [0, 2], published, 40, 2).rows
+    assert rows[0] == ["", "k = 0", "k = 2"] and rows[3] == ["Llama-3.1-8B", "0.90", "0.40"]
+    assert rows[1][2].startswith(f"{runs.accuracy('induction', 2).mean():.2f}")
+    assert runs.table(["induction"], [0, 2], published, 40, 1).rows[3][2] == "", "beyond the published share"
+
+
+def test_layer_that_is_asked_for_must_be_there(organism, runs):
+    assert layer_of_the_map(organism, runs.texts, GRID, 40, 3) == 3
+    assert 2 <= layer_of_the_map(organism, runs.texts, GRID, 40, -1) < 5
+    with pytest.raises(ModelError, match="layer 7"):
+        layer_of_the_map(organism, runs.texts, GRID, 40, 7)
+
+
+def test_means_of_a_layout_pool_its_walks(organism):
+    texts = deal(organism, GRID, 40, first=0, n=2, seed=0, walk_seed=3, per_layout=2)
+    labels = stretches(texts, [0, 20, 40], 10, 16)
+    assert labels.shape == (3, 4, 40) and 32 <= labels.max() < 48
+    sweep = ablation_sweep(organism, texts.ids, [Condition("baseline")], word_ids=texts.words, labels=labels,
+                           n_classes=48, positions=[39], layers=[2])  # fmt: skip
+    pooled = layout_means(sweep, 2, 3)
+    assert pooled.shape == (1, 2, 1, 3, 16, 256)
+    with torch.no_grad():
+        hidden = organism._module(texts.ids, output_hidden_states=True).hidden_states[2][:, 1:]
+    for layout in range(2):
+        rows, nodes = hidden[2 * layout : 2 * layout + 2], texts.nodes[2 * layout : 2 * layout + 2]
+        for group, (a, b) in enumerate([(10, 40), (0, 20), (20, 40)]):
+            for node in range(16):
+                here = rows[:, a:b][torch.from_numpy(nodes[:, a:b] == node)]
+                expected = here.mean(0) if len(here) else torch.full((256,), torch.nan)
+                assert pooled[0, layout, 0, group, node] == pytest.approx(
+                    expected.numpy(), abs=1e-3, nan_ok=True
+                )
+
+
+def test_use_of_a_planted_map_is_found(organism, runs):
+    """Turning everything turns what the organism predicts; what is restored is what is added."""
+    rng = np.random.default_rng(0)
+    known = {2: runs.means()[:, 2] + 0 * rng.random((3, 16, 256))}
+    known[2] = np.nan_to_num(known[2], nan=0.0)
+    lacking = {2: known[2] - np.nan_to_num(runs.means("induction", 2)[:, 2])}
+    edits = maps.map_edits(GRID, known, lacking, runs.texts, removed_at=[2], turned_at=[2],
+                           heads=[(3, 0)], share=0.1, seed=0)  # fmt: skip
+    names = [edit.name for edit in edits]
+    assert names.count("remove shuffled grids 2") == 2 and "turn everything 2" in names
+    positions = runs.sweep.positions[runs.late]
+    edited = ablation_sweep(organism, runs.texts.ids, edits, word_ids=runs.texts.words, n_classes=16,
+                            labels=runs.texts.within(40), positions=positions, layers=())  # fmt: skip
+    intact = runs.sweep.word_probabilities[0][:, runs.late]
+    use = maps.map_use(edited, GRID, runs.texts, removed_at=[2], turned_at=[2], intact=intact)
+    assert set(use.cost) == {"grid", "shuffled grids", "middle", "checkerboard"}
+    assert use.cost["grid"].shape == (3, 1) and use.everywhere["grid"].shape == (3,)
+    assert use.moved["everything"].mean() > 5 * abs(use.moved["grid"].mean())
+    turn = names.index("turn grid 2")
+    nodes = runs.texts.nodes[:, positions]
+    for text in range(3):
+        far = 0.0
+        for place, node in enumerate(nodes[text]):
+            opposite = 15 - node
+            there = [j for j in range(16) if GRID.adjacency[opposite, j] and not GRID.adjacency[node, j]]
+            far += (
+                edited.word_probabilities[turn, text, place, there].sum() - intact[text, place, there].sum()
+            )
+        assert use.moved["grid"][text, 0] == pytest.approx(far / len(nodes[text]), abs=1e-5)
+
+
+# -- circuits --------------------------------------------------------------------------------------
+
+
+def test_shares_of_lists_count_a_head_once(organism):
+    texts = deal(organism, GRID, 80, first=0, n=2, seed=0, walk_seed=0)
+    parts = parts_of_stream(organism, texts, texts.nodes, 4)
+    patterns = maps.graph_harmonics(GRID)[:, :2]
+    lists = {"a": [(2, 0), (3, 1), (4, 4)], "b": [(2, 0), (2, 2)]}
+    found = shares_by_kind(parts, patterns, lists)
+    heads = parts.shares(patterns)["heads"]
+    assert np.allclose(found["a"], heads[:, 2, 0] + heads[:, 3, 1]), "layer 4 is not below layer 4"
+    assert np.allclose(found["b"], heads[:, 2, 2])
+    assert np.allclose(sum(found.values()), 1, atol=1e-3)
+
+
+def test_circuit_of_a_planted_copier_copies(organism, monkeypatch):
+    """A head whose OV circuit is half of the identity on the stream is a copier; its negative is none."""
+    ids = models.with_bos(organism, np.array(models.word_ids(organism, GRID_WORDS))[:, None])
+    turns = [np.linalg.qr(np.random.default_rng(i).standard_normal((256, 256)))[0] for i in range(4)]
+    stream, normed = circuits.read_words(organism, ids, 2)
+    gain = (normed * stream).sum(0) / (stream**2).sum(0)
+    monkeypatch.setattr(circuits, "ov_matrix", lambda *_: torch.from_numpy(np.diag(0.5 / gain)))
+    found = circuit(organism, (2, 0), ids, GRID, turns, seed=0)
+    assert found.alignment == pytest.approx(1, abs=1e-6) and found.size == pytest.approx(0.5)
+    assert found.way.value == pytest.approx(1, abs=1e-6)
+    monkeypatch.setattr(circuits, "ov_matrix", lambda *_: torch.from_numpy(np.diag(-0.5 / gain)))
+    assert circuit(organism, (2, 0), ids, GRID, turns, seed=0).way.value < 0

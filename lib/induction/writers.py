@@ -44,12 +44,18 @@ class Parts(NamedTuple):
         Returns:
             "embedding" [text], "heads" [text, layer, head], "mlps" [text, layer].
         """
-        whole = patterns.T @ self.stream  # [text, k, d_model]
+
+        def along(means: np.ndarray) -> np.ndarray:
+            # A word that a text never reads is left out: it lies at the mean of the others.
+            centred = means - np.nanmean(means, axis=-2, keepdims=True)
+            return patterns.T @ np.nan_to_num(centred)  # [..., k, d_model]
+
+        whole = along(self.stream)
         size = (whole**2).sum((-2, -1))
 
         def share(means: np.ndarray) -> np.ndarray:
             wide = whole.reshape(len(whole), *[1] * (means.ndim - 3), *whole.shape[1:])
-            inner = ((patterns.T @ means) * wide).sum((-2, -1))
+            inner = (along(means) * wide).sum((-2, -1))
             return inner / size.reshape(-1, *[1] * (inner.ndim - 1))
 
         return {name: share(getattr(self, name)) for name in ("embedding", "heads", "mlps")}
