@@ -92,6 +92,8 @@ def test_texts_are_pieces_of_the_documentation():
     longest = python_topics(model, 4, length=10**6, bos="none")
     assert longest.ids.shape == (4, 1023) and longest.n_prefix == 0  # a model of 1,024 positions
     assert len({tuple(row) for row in longest.ids.tolist()}) == 4
+    others = python_topics(model, 4, length=10**6, bos="none", odd=True)
+    assert not {tuple(row) for row in longest.ids.tolist()} & {tuple(row) for row in others.ids.tolist()}
     with pytest.raises(ModelError, match="n_texts"):
         python_topics(model, 10**6)
 
@@ -169,7 +171,7 @@ def test_notebook_runs_small_and_leaves_a_record(figures, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     record = validate_record(figures / NOTEBOOK.stem / "record.json")
     claims = {claim.id: claim for claim in record.claims}
-    assert len(claims) == 18 and {"not displaced", "length", "mixing predicts energy"} <= claims.keys()
+    assert len(claims) == 22 and {"not displaced", "length", "mixing predicts energy"} <= claims.keys()
     # The embedded model's tokenizer has no name for the words of natural text.
     assert record.metrics["unknown tokens"].value > 0.5
     assert {c.verdict for id, c in claims.items() if id.startswith(("gain", "mean loss"))} == {"not tested"}

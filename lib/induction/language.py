@@ -31,7 +31,7 @@ class NaturalTexts(NamedTuple):
 
 
 def python_topics(
-    model: TransformersModel, n_texts: int, length: int = 512, bos: str = "auto"
+    model: TransformersModel, n_texts: int, length: int = 512, bos: str = "auto", odd: bool = False
 ) -> NaturalTexts:
     """Pieces of Python's own documentation, evenly spread over it.
 
@@ -40,6 +40,7 @@ def python_topics(
         n_texts: number of pieces; none overlaps another one.
         length: tokens of a piece, fewer for a model of fewer positions.
         bos: what opens a piece, see `lib.models.bos_id`.
+        odd: take other pieces, of which none is among those that are taken without it.
 
     Raises:
         ModelError: the text holds fewer pieces.
@@ -49,7 +50,7 @@ def python_topics(
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tokens = np.array(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     length = min(length, shape(model).n_positions - 1)
-    pieces = tokens[: len(tokens) // length * length].reshape(-1, length)
+    pieces = tokens[: len(tokens) // length * length].reshape(-1, length)[int(odd) :: 2]
     if len(pieces) < n_texts:
         raise ModelError(f"n_texts: {n_texts} pieces of {length} tokens, and the text holds {len(pieces)}")
     chosen = pieces[np.linspace(0, len(pieces) - 1, n_texts).astype(int)]
@@ -60,19 +61,22 @@ def python_topics(
 
 def token_losses(
     model: TransformersModel, texts: NaturalTexts, conditions: Sequence[Condition], tokens: np.ndarray,
-    *, batch_size: int = 0, cache: Cache | None = None,
+    *, fill: torch.Tensor | None = None, batch_size: int = 0, cache: Cache | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Loss (nats) on some tokens of every text under every condition, without keeping other logits.
 
     Args:
         tokens: places behind the prefix, counted from 0, each at least 1 [place].
+        fill: what ablated heads put out, see `lib.interventions.ablation_sweep`; zero by default.
 
     Returns:
         [condition, text, place].
     """
     targets = texts.ids[:, texts.n_prefix + tokens].numpy()  # [text, place]
-    sweep = ablation_sweep(model, texts.ids, conditions, word_ids=targets, positions=tokens - 1,
-                           n_prefix=texts.n_prefix, batch_size=batch_size, cache=cache)  # fmt: skip
+    sweep = ablation_sweep(
+        model, texts.ids, conditions, word_ids=targets, positions=tokens - 1, n_prefix=texts.n_prefix,
+        fill=fill, batch_size=batch_size, cache=cache,
+    )  # fmt: skip
     # At each place the sweep has the probability of every target of the text: that of its own is kept.
     own = np.diagonal(sweep.word_probabilities, axis1=2, axis2=3).astype(np.float64)
     return -np.log(np.maximum(own, np.finfo(np.float32).tiny))

@@ -12,34 +12,6 @@ from lib import plots
 from lib.statistics import Band, Estimate
 
 
-def answer(
-    place: np.ndarray, losses: Mapping[str, Band], gains: Mapping[str, Estimate], titles: Sequence[str]
-) -> Figure:
-    """Loss along a natural text, and the gain from context without some heads.
-
-    Args:
-        place: middle of each stretch of the text (tokens) [stretch].
-        losses: condition -> mean and interval over texts [stretch]; four at most.
-        gains: condition -> loss early in a text minus late in it; the intact model first.
-        titles: of the two panels.
-    """
-    fig, (ax, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 3.3), width_ratios=[1.15, 1])
-    high = max(band.high.max() for band in losses.values())
-    ax.set(ylim=(0, 1.05 * high), xlabel="place in the text (tokens)", ylabel="loss (nats)")
-    hues = (plots.BLACK, plots.BLUE, plots.VERMILLION, plots.GREY)
-    plots.draw_bands(ax, place, losses, hues[: len(losses)])
-    rows = np.arange(len(gains))
-    value, low, high = np.array(list(gains.values())).T
-    plots.draw_ranges(right, rows, value, low, high, colour=plots.BLACK, label="")
-    right.axvline(value[0], color=plots.GREY, linestyle=":", linewidth=1)
-    right.set(yticks=rows, yticklabels=list(gains), xlabel="gain from context (nats)")
-    right.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    right.invert_yaxis()
-    for axis, title in ((ax, titles[0]), (right, titles[1])):
-        axis.set_title(title, fontsize=8.5)
-    return fig
-
-
 def checks(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]], titles: Sequence[str]) -> Figure:
     """The same measures in several ways: quantity -> way -> set of heads -> estimate, a panel a quantity."""
     fig, axes = plt.subplots(1, len(panels), figsize=(plots.PAGE, 3.1), sharey=True)
@@ -50,7 +22,10 @@ def checks(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]], titles: S
             rows = np.array([names.index(name) for name in of_way]) + 0.22 * (i - 1)
             value, low, high = np.array(list(of_way.values())).T
             plots.draw_ranges(ax, rows, value, low, high, colour=colour, label=way, marker=marker)
-        ax.set(xlabel=quantity, xlim=(0, 1.08 * max(ax.get_xlim()[1], 0.1)))
+        ends = [x for of_way in ways.values() for estimate in of_way.values() for x in estimate]
+        low, high = min(0, *ends), max(0, *ends)
+        ax.set(xlabel=quantity, xlim=(low - 0.05 * (high - low) * (low < 0), high + 0.05 * (high - low)))
+        ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
         ax.set_title(title, fontsize=8.5)
     axes[0].set(yticks=range(len(names)), yticklabels=names)
     axes[0].invert_yaxis()
