@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 project = "Latent geometry notebooks"
 extensions = ["myst_nb"]
 root_doc = "README"
-include_patterns = ["**.md", "notebooks/*.ipynb"]
+include_patterns = ["**.md", "notebooks/**.ipynb"]
 exclude_patterns = [".*", "build", "figures", "lib", "runs", "tests"]
 suppress_warnings = ["toc.empty_glob"]
 
@@ -54,6 +54,7 @@ CONTENTS = """
 :glob:
 
 notebooks/*
+notebooks/appendix/*
 docs/models
 */*
 */*/*

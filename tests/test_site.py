@@ -23,7 +23,7 @@ from lib.record import validate_record
 
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 COMMAND = ["-m", "sphinx", "--quiet", "--fail-on-warning", "--fresh-env", "-c", "docs"]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -141,7 +141,7 @@ def test_every_link_and_picture_resolves(soups, site):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_pages_show_what_notebooks_store(notebook, soups, site):
-    page = soups[site / "notebooks" / f"{notebook.stem}.html"]
+    page = soups[site / notebook.relative_to(ROOT).with_suffix(".html")]
     shown = text_of(page.find("article").text)
     for output in outputs(notebook):
         assert text_of(output.get("text", "")) in shown
@@ -157,7 +157,7 @@ def test_pages_show_what_notebooks_store(notebook, soups, site):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_controls_leave_no_empty_boxes(notebook, soups, site):
-    page = soups[site / "notebooks" / f"{notebook.stem}.html"]
+    page = soups[site / notebook.relative_to(ROOT).with_suffix(".html")]
     n_controls = sum(WIDGET in output.get("data", {}) for output in outputs(notebook))
     assert page.text.count("Where a kernel runs") == n_controls
     assert "VBox(" not in page.text and not page.find_all("script", type=WIDGET)
@@ -166,7 +166,7 @@ def test_controls_leave_no_empty_boxes(notebook, soups, site):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cell_that_fetches_the_repository_stays_in_the_notebook(notebook, soups, site):
     assert "find_spec" in notebook.read_text()
-    code = soups[site / "notebooks" / f"{notebook.stem}.html"].select(".cell_input")
+    code = soups[site / notebook.relative_to(ROOT).with_suffix(".html")].select(".cell_input")
     assert "from lib" in code[1].text and not [cell for cell in code if "find_spec" in cell.text]
 
 
