@@ -328,13 +328,13 @@ def _run_study(
         in_time = _follow(process, log, progress, began + timeout)
     finally:
         _stop(process)
+        work.unlink(missing_ok=True)
     seconds = time.monotonic() - began
     record, problem = _fresh_record(figures_folder() / study / "record.json", started)
     if not in_time:
         record, problem = None, f"  it was stopped: it took longer than {timeout:g} s (--timeout)"
     elif process.returncode != 0 or record is None:
         record, problem = None, _last_words(_clean(log).splitlines(), process.returncode, problem)
-    work.unlink(missing_ok=True)
     progress.close("done" if record else "FAILED", seconds)
     return StudyRun(study, record, problem, seconds)
 
