@@ -437,3 +437,11 @@ def test_circuit_of_a_planted_copier_copies(organism, monkeypatch):
     assert found.way.value == pytest.approx(1, abs=1e-6)
     monkeypatch.setattr(circuits, "ov_matrix", lambda *_: torch.from_numpy(np.diag(-0.5 / gain)))
     assert circuit(organism, (2, 0), ids, GRID, turns, seed=0).way.value < 0
+
+
+def test_graph_of_a_text_has_its_words(organism):
+    texts = deal(organism, GRID, 20, first=0, n=2, seed=0, walk_seed=1)
+    placed = texts.placed(GRID, 1)
+    said = organism.tokenizer.decode(texts.ids[1, 1:]).split()
+    assert [placed.words[node] for node in texts.nodes[1]] == said
+    assert np.array_equal(placed.adjacency, GRID.adjacency)

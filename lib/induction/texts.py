@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,10 @@ class Texts(NamedTuple):
     words: np.ndarray
     ids: torch.Tensor
     n_prefix: int
+
+    def placed(self, graph: Graph, text: int) -> Graph:
+        """The graph with the words of a text at its nodes."""
+        return replace(graph, words=tuple(graph.words[word] for word in self.layouts[text]))
 
     def within(self, first: int, last: int | None = None) -> np.ndarray:
         """`nodes` between two tokens, and -1 elsewhere: labels that count a stretch alone [text, token]."""
