@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ortho_group
 
-from lib import ROOT
 from lib.geometry import ideal_copier, map_alignment, map_gram, neighbour_mean
-from lib.record import read_record
 from lib.walks import grid_graph
 
 GRID = grid_graph(3, 3)
@@ -79,15 +77,3 @@ def test_words_that_are_dealt_at_random_have_the_gram_matrix_of_their_size_and_a
     expected = map_gram(GRID, size * alignment, size**2) * (points**2).sum() / (GRID.n_nodes - 1)
     found, expected = (centring @ gram @ centring for gram in (np.mean(grams, axis=0), expected))
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
-
-
-def test_stored_figure_of_the_energies_names_the_means_that_are_on_record():
-    folder = ROOT / "figures" / "02_neighbor_mixing"
-    record = read_record(folder / "record.json")
-    with np.load(folder / "ov_energy.npz") as arrays:
-        [top, *_] = [arrays[name] for name in arrays.files if name.startswith("head")]  # [vectors, map, seed]
-    alt = record.artifacts["ov_energy.png"].alt
-    for vectors, energies in zip(("random vectors", "the words"), top.mean(axis=-1), strict=True):
-        for what, energy in zip(("top head", "ideal copier", "turned"), energies, strict=True):
-            assert record.metrics[f"energy, {what}, {vectors}"].value == pytest.approx(energy)
-            assert what == "turned" or f" at {energy:.2f}" in alt

@@ -93,6 +93,8 @@ def test_kept_numbers_are_those_of_the_stored_run_of_the_study(study):
     measured = {name: metric.value for name, metric in record.metrics.items()}
     measured |= {claim.id: claim.measured for claim in record.claims}
     model, compared = record.parameters["model_id"], 0
+    if not any(model in number.values for number in read_numbers()):
+        pytest.skip(f"the sweep holds no {model}")
     for number in read_numbers():
         if number.study == study and number.label and model in number.values:
             value = number.values[model]
