@@ -43,8 +43,8 @@ except ImportError:  # Windows, where nothing keeps two runs apart
 # Modules and packages of lib that no result depends on, but for what is in its key, as the weights are that
 # organisms come from. A change in any other one makes cached results void.
 _NOT_COMPUTING = {"__init__", "__main__", "appendix", "artifacts", "claims", "compare", "dashboard",
-                  "figures", "kernel", "organisms", "parameters", "plots", "progress", "record",
-                  "refusal_plots", "registry", "run", "seeds", "sources", "widgets"}  # fmt: skip
+                  "figures", "kernel", "language_figures", "organisms", "parameters", "plots", "progress",
+                  "record", "refusal_plots", "registry", "run", "seeds", "sources", "widgets"}  # fmt: skip
 _PACKAGES = (
     "torch",
     "numpy",
