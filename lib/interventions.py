@@ -184,8 +184,10 @@ def ablate_heads(block, ablated: torch.Tensor, fill: torch.Tensor | None = None)
     outputs = block.self_attn.o_proj.input
     heads = outputs.unflatten(-1, (ablated.shape[-1], -1))  # [batch, token, head, d_head]
     mask = ablated.to(heads.device).expand(len(heads), -1)[:, None, :, None]
-    replacement = 0.0 if fill is None else fill.to(heads)
-    heads.copy_(torch.where(mask, replacement, heads))
+    if fill is None:
+        heads.masked_fill_(mask, 0.0)
+    else:
+        heads.copy_(torch.where(mask, fill.to(heads), heads))
 
 
 def mean_head_outputs(
@@ -473,14 +475,16 @@ def ablation_sweep(
             batches = plan.batches(sequences, rows_per_batch)
             reader.begin(batches)
             for batch in batches:
-                rows = {"rows": [(_described(plan.conditions[i]), sequence) for i, sequence in batch]}
+                first = plan.starts[batch[0][0]]
+                rows = [(_described(plan.conditions[i]), sequence) for i, sequence in batch]
                 run = partial(reader.run, batch)
-                measured = cache.get("ablation_sweep", key | rows, run) if cache else run()
-                start = int(np.searchsorted(layers, plan.starts[batch[0][0]]))
+                measured = (
+                    cache.get("ablation_sweep", key | {"rows": rows, "first": first}, run) if cache else run()
+                )
                 for row, (i, sequence) in enumerate(batch):
                     probabilities[plan.places[i], sequence] = measured["probabilities"][row]
                     # Below the layer at which a row starts, its stream is that of its parent.
-                    below = sums[plan.places[plan.parents[i]][0], sequence, :start]
+                    below = sums[plan.places[plan.parents[i]][0], sequence, : np.searchsorted(layers, first)]
                     sums[plan.places[i], sequence] = np.concatenate([below, measured["class_sums"][row]])
                 reader.release(batch)
                 count(len(batch))
@@ -588,7 +592,13 @@ class _Reader:
         indices, sequences = (list(column) for column in zip(*rows, strict=True))
         n_layers, n_heads = len(model.layers), shape(model).n_heads
         ids, word_ids = self.ids[sequences].to(device), self.word_ids[sequences]
-        labels = self.labels[:, sequences]
+        # No class is summed where no token has one.
+        labelled = (self.labels[:, sequences] >= 0).any(0).any(0).nonzero().flatten().tolist() or [0]
+        start, end = labelled[0], labelled[-1] + 1
+        labels, summed = (
+            self.labels[:, sequences, start:end].to(device),
+            slice(n_prefix + start, n_prefix + end),
+        )
         fills = None if self.fill is None else self.fill.to(device)
         first, last = plan.starts[indices[0]], n_layers if len(positions) else layers[-1]
         entry = torch.stack([self._entry(row) for row in rows]).to(device) if first else None
@@ -614,13 +624,13 @@ class _Reader:
                 for row, apply in edits.get(index, ()):
                     apply(block.input[row, n_prefix:])
                 if index in layers:
-                    sums.append(class_sums(block.input[:, n_prefix:], labels, n_classes).cpu())
+                    sums.append(class_sums(block.input[:, summed], labels, n_classes).cpu())
                 if index == last:
                     break
                 if index in ablated:
                     ablate_heads(block, ablated[index], None if fills is None else fills[index])
             if n_layers in layers:
-                sums.append(class_sums(model.layers[-1].output[:, n_prefix:], labels, n_classes).cpu())
+                sums.append(class_sums(model.layers[-1].output[:, summed], labels, n_classes).cpu())
             if len(positions):
                 words = word_probabilities(model, model.norm.output[:, positions], word_ids).cpu()
             measured = {"streams": streams, "class_sums": sums, "probabilities": words}.save()

@@ -510,14 +510,35 @@ def test_cached_sweep_is_the_same_and_runs_nothing(llama, tmp_path):
         again = ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **arguments)
         assert forwards == []
         # Another question is not answered from the cache.
-        for another in ({"word_ids": [2, 4]}, {"n_classes": N_CLASSES + 1}):
+        for another in (
+            {"word_ids": [2, 4]}, {"n_classes": N_CLASSES + 1}, {"positions": [1]}, {"layers": [0]},
+            {"labels": labels[::-1].copy()},
+        ):  # fmt: skip
             forwards.clear()
             ablation_sweep(llama, ids, CONDITIONS, cache=Cache(tmp_path), **(arguments | another))
             assert forwards != [], another
+        plane, line, shift = edits()
+        other = Projection(line.basis, line.centre, 2 * line.scale)
+        for edit in (plane, line, other, shift, Shift(-shift.table, shift.nodes)):
+            forwards.clear()
+            made = [Condition("edit", edits={1: edit})]
+            ablation_sweep(llama, ids, made, cache=Cache(tmp_path), **arguments)
+            assert forwards != [], edit
     finally:
         handle.remove()
     np.testing.assert_array_equal(first.word_probabilities, again.word_probabilities)
     np.testing.assert_array_equal(first.class_sums, again.class_sums)
+
+
+def test_cache_tells_where_a_row_started(llama, tmp_path):
+    """The same row starts elsewhere beside other conditions, and has sums of fewer layers of its own."""
+    ids, labels = stimulus()
+    arguments = dict(word_ids=[2, 3], labels=labels, n_classes=N_CLASSES, batch_size=1)
+    for conditions in (CONDITIONS[:2], CONDITIONS[1:2], CONDITIONS):
+        cached = ablation_sweep(llama, ids, conditions, cache=Cache(tmp_path), **arguments)
+        plain = ablation_sweep(llama, ids, conditions, **arguments)
+        np.testing.assert_allclose(cached.class_sums, plain.class_sums, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(cached.word_probabilities, plain.word_probabilities, rtol=1e-5, atol=1e-7)
 
 
 def test_words_of_the_tiny_tokenizer_are_single_tokens(llama):
