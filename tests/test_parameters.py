@@ -9,10 +9,12 @@ import pytest
 
 from lib import ROOT
 from lib.parameters import (
+    Emergence,
     InductionAblation,
-    NeighborMixing,
+    MixingTheory,
     ParameterError,
     RefusalLowRank,
+    StudyParameters,
     check,
     schemas,
 )
@@ -59,7 +61,7 @@ def test_words_arrive_as_a_python_list_in_a_string():
 
 
 def test_float_reads_what_yaml_leaves_a_string():
-    assert check(NeighborMixing, {"self_weight": "1e-4"}).self_weight == 1e-4
+    assert check(MixingTheory, {"self_weight": "1e-4"}).self_weight == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -69,18 +71,18 @@ def test_float_reads_what_yaml_leaves_a_string():
         ({"seq_len": 300.7}, "seq_len: got 300.7; a whole number is needed"),
         ({"seq_len": True}, "seq_len: got True; a number is needed"),
         ({"seq_len": None}, "seq_len: got None; a whole number is needed"),
-        ({"n_walks": 0}, "n_walks: got 0; at least 4 is needed"),
+        ({"n_layouts": 0}, "n_layouts: got 0; at least 4 is needed"),
         ({"k_values": 4}, "k_values: got 4; a list is needed, as in -p k_values '[1, 2]'"),
         ({"k_values": [1, 0]}, "k_values[1]: got 0; at least 1 is needed"),
         ({"k_values": "[1, 2.5]"}, "k_values[1]: got 2.5; a whole number is needed"),
         ({"k_values": [1, "two"]}, "k_values[1]: got 'two'; a whole number is needed"),
         ({"remote": "perhaps"}, "remote: got 'perhaps'; true or false is needed"),
         (
-            {"remote": "true"},
+            {"remote": "true", "model_id": "organism/induction"},
             "remote: NDIF serves models of the hub, and 'organism/induction' is one of this repository; name "
             "another model_id",
         ),
-        ({"ablation": "median"}, "ablation: got 'median'; allowed: 'zero' or 'mean'"),
+        ({"dtype": "int8"}, "dtype: got 'int8'; allowed: 'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"window": 400}, "window: 400 tokens of seq_len = 400; at most 320 leave a start"),
         ({"words": ["apple"] * 16}, "words: each may stand once; repeated: apple"),
         (
@@ -115,7 +117,7 @@ def test_edge_list_uses_the_words_that_it_names():
 
 @pytest.mark.parametrize("noise", [float("nan"), float("inf"), "nan"])
 def test_number_that_is_not_finite_is_refused(noise):
-    [line] = problems(NeighborMixing, noise=noise)
+    [line] = problems(MixingTheory, noise=noise)
     assert line.startswith("noise: got ")
 
 
@@ -135,9 +137,9 @@ def test_name_like_no_other_lists_them_all():
 
 
 def test_all_problems_come_at_once():
-    injected = "# Parameters\nseqlen = 200\nn_walk = 2\n"
+    injected = "# Parameters\nseqlen = 200\nn_layout = 2\n"
     lines = problems(InductionAblation, PARAMETERS_CELL, injected, layer="x", dtype="int8")
-    assert [line.split(":")[0] for line in lines] == ["seqlen", "n_walk", "dtype", "layer"]
+    assert [line.split(":")[0] for line in lines] == ["seqlen", "n_layout", "dtype", "layer"]
 
 
 def test_setup_cell_can_be_rerun_after_other_cells():
@@ -219,9 +221,10 @@ def test_two_judges_of_different_models_go_together():
     assert check(RefusalLowRank, values).strengths == [0.5, 1.0]
 
 
-@pytest.mark.parametrize("study", [name for name in schemas() if not name.startswith("00")])
+@pytest.mark.parametrize("study", [name for name, s in schemas().items() if issubclass(s, StudyParameters)])
 def test_notebook_loads_its_model_at_the_revision_asked_for(study):
-    cells = json.loads((ROOT / "notebooks" / f"{study}.ipynb").read_text())["cells"]
+    [path] = (ROOT / "notebooks").rglob(f"{study}.ipynb")
+    cells = json.loads(path.read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     calls = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     first = next(call for call in calls if ast.unparse(call.func) in ("models.load", "load_codi"))
@@ -230,5 +233,5 @@ def test_notebook_loads_its_model_at_the_revision_asked_for(study):
 
 
 def test_default_read_layer_is_as_deep_as_the_published_one():
-    assert [InductionAblation().read_layer(n) for n in (32, 5)] == [26, 4]
-    assert InductionAblation(layer=0).read_layer(32) == 0
+    assert [Emergence().read_layer(n) for n in (32, 5)] == [26, 4]
+    assert Emergence(layer=0).read_layer(32) == 0
