@@ -91,7 +91,7 @@ class RegisteredModel(BaseModel):
         if study not in self.studies:
             raise RegistryError(
                 f"{self.name} is not meant for {study}, but for {', '.join(self.studies)}; to run it "
-                f'nevertheless, leave MODEL out and pass ARGS="-p model_id {self.id}"'
+                f'nevertheless: make real STUDY={study} ARGS="-p model_id {self.id}"'
             )
         of_study = self.studies[study]
         model_id, dtype = (self.name, "auto") if self.file else (self.id, self.dtype)
@@ -128,8 +128,8 @@ def find(name: str) -> RegisteredModel:
     hint = f"did you mean {known[close[0]].name}? " if close else ""
     names = ", ".join(model.name for model in registry())
     raise RegistryError(
-        f"no model {name!r} in data/models.yaml; {hint}There are {names}. For any other one, leave MODEL out "
-        'and pass ARGS="-p model_id HUB_ID_OR_FOLDER"'
+        f"no model {name!r} in data/models.yaml; {hint}There are {names}. Any other one by its hub id "
+        "or folder: make run MODEL=HUB_ID_OR_FOLDER"
     )
 
 

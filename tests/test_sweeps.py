@@ -22,7 +22,10 @@ from lib.record import validate_record
 from lib.seeds import read_numbers
 from sweeps import sweep
 
-TINY = {"dim": 64, "n_seeds": 2, "ranks": [1], "dims": [16]}
+TINY = {
+    "seq_len": 60, "window": 40, "n_layouts": 4, "n_selecting": 1, "layer": 4, "n_heads": 2, "dim": 64,
+    "n_seeds": 2, "n_bootstrap": 100,
+}  # fmt: skip
 MEASURE = """study.metric("accuracy/induction", 0.5 + 0.1 * p.seed, n=4)
 study.metric("lost", None, reason="nothing was lost")
 from lib.claims import Claim
@@ -55,19 +58,19 @@ def test_every_combination_is_a_job_with_a_folder_of_its_own(tmp_path):
             "models": {"induction": ["organism/induction", "organism/induction-seed1"]},
         },
         "02_neighbor_mixing": {
-            "models": ["organism/induction"], "seeds": [0, 1], "parameters": TINY,
-            "grid": {"noise": [0.0, 0.5], "dims": [[16], [32]]},
+            "models": ["organism/induction"], "seeds": [0, 1], "parameters": {"layer": 4, "dim": 64},
+            "grid": {"layer": [3, 4], "n_heads": [2, 8]},
         },
     })  # fmt: skip
-    with pytest.raises(sweep.SweepError, match="dims: it stands in parameters and in grid"):
+    with pytest.raises(sweep.SweepError, match="layer: it stands in parameters and in grid"):
         sweep.read_sweep(path)
     content = yaml.safe_load(path.read_text())
-    del content["studies"]["02_neighbor_mixing"]["parameters"]["dims"]
+    del content["studies"]["02_neighbor_mixing"]["parameters"]["layer"]
     jobs = sweep.read_sweep(write(tmp_path, **content["studies"]))
     assert len(jobs) == 2 + 1 * 2 * 2 * 2 == len({job.name for job in jobs})
     assert {job.group for job in jobs[:2]} == {"induction"}
-    assert {(job.seed, job.parameters["noise"], *job.parameters["dims"]) for job in jobs[2:]} == {
-        (seed, noise, dim) for seed in (0, 1) for noise in (0.0, 0.5) for dim in (16, 32)
+    assert {(job.seed, job.parameters["layer"], job.parameters["n_heads"]) for job in jobs[2:]} == {
+        (seed, layer, n_heads) for seed in (0, 1) for layer in (3, 4) for n_heads in (2, 8)
     }
 
 
@@ -88,8 +91,8 @@ WRONG = [
     ({"02_neighbor_mixing": {"models": ["m"], "seeds": ["a"]}}, "seed: got 'a'; a whole number is needed"),
     ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"dimm": 64}}}, "'dimm'; did you mean dim?"),
     ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"dim": "x"}}}, "dim: got 'x'; a whole number"),
-    ({"02_neighbor_mixing": {"models": ["m"], "grid": {"noise": 1.0}}}, "grid: names are needed, each"),
-    ({"02_neighbor_mixing": {"models": ["m"], "grid": {"noise": [-1]}}}, "noise: got -1; at least 0"),
+    ({"02_neighbor_mixing": {"models": ["m"], "grid": {"n_heads": 1}}}, "grid: names are needed, each"),
+    ({"02_neighbor_mixing": {"models": ["m"], "grid": {"n_heads": [-1]}}}, "n_heads: got -1; at least 1"),
     ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"out_dir": "x"}}}, "out_dir: the sweep sets it"),
     ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"seed": 1}}}, "seed: give it as seeds"),
     ({"02_neighbor_mixing": {"models": ["m"], "headline": ["a"]}}, "headline: names of numbers, each with"),
@@ -431,7 +434,7 @@ def test_failing_job_keeps_no_other_from_running_and_is_collected(tmp_path, snak
     assert run.returncode != 0 and "2 jobs: 1 failed, 1 done" in said, said
     rows = read_csv(tmp_path / "out" / "results.csv")
     assert [row["note"] for row in rows if row["status"] == "failed"][0].startswith("ModelError: ")
-    assert sum(row["status"] == "done" for row in rows) > 20
+    assert sum(row["status"] == "done" for row in rows) > 15
     [failed] = [job for job in sweep.read_sweep(path) if job.model != "organism/induction"]
     assert "ModelError" in (tmp_path / "out" / failed.name / "02_neighbor_mixing.ipynb").read_text()
     before = identities(tmp_path / "out")
