@@ -162,7 +162,8 @@ def over_context(
     plots.draw_level(ax, chance)
     plots.label_ends(ax, context[-1], ends | {"shuffled": (chance, plots.GREY)})
     plots.draw_band(right, context, *accuracy, colour=plots.BLACK)
-    right.set(ylim=(0, 1), ylabel="rule-following accuracy")
+    right.set(ylim=(0, 1))
+    right.set_ylabel("rule-following accuracy", labelpad=12)
     for axis, title in zip((ax, right), titles, strict=True):
         axis.set(xlabel="context (tokens)")
         axis.set_title(title, fontsize=8.5)
@@ -189,7 +190,7 @@ def map_use(
     plots.draw_bands(ax, np.array(layers), cost, [hues[name] for name in cost], marker="o")
     if moved:
         right.set(ylim=(0, 1.15 * max(band.high.max() for band in moved.values())))
-    right.set_ylabel("probability moved")
+    right.set_ylabel("probability moved", labelpad=12)
     plots.draw_bands(right, np.array(turn_layers), moved, [hues[name] for name in moved], marker="o")
     for axis, at, title in ((ax, layers, titles[0]), (right, turn_layers, titles[1])):
         axis.set(xlabel="input of layer", xticks=at)

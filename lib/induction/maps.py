@@ -100,15 +100,15 @@ def turned(means: np.ndarray, patterns: np.ndarray, image: np.ndarray, nodes: np
     return Shift(moved, nodes)
 
 
-def restored(missing: np.ndarray, patterns: np.ndarray | None, nodes: np.ndarray) -> Shift:
-    """Adds what word means lack, or that part of it which varies over the nodes like some patterns.
+def restored(missing: np.ndarray, patterns: np.ndarray, nodes: np.ndarray) -> Shift:
+    """Adds that part of what word means lack which varies over the nodes like some patterns.
 
     Args:
         missing: intact minus ablated word means of each text, of other walks [text, node, d].
-        patterns: orthonormal [node, k]; None is everything, the mean over the words included.
+        patterns: orthonormal [node, k]; all harmonics are everything but the mean over the words.
         nodes: of the texts that are edited [text, token].
     """
-    return Shift(missing if patterns is None else patterns @ (patterns.T @ missing), nodes)
+    return Shift(patterns @ (patterns.T @ missing), nodes)
 
 
 # -- the experiment of study 1: is the map used? ---------------------------------------------------
@@ -185,9 +185,10 @@ def map_edits(
         for name, part in moves.items() if image is not None else ():
             edit = turned(means, part, image, texts.nodes)
             edits.append(Condition(f"turn {name} {layer}", edits={layer: edit}))
-        for name, what, part in (("grid", gap, parts.grid), ("shuffled grids", gap[:, dealt], parts.grid),
-                                 ("everything", gap, None)):  # fmt: skip
-            edit = restored(what, part, texts.nodes)
+        added = {"grid": restored(gap, parts.grid, texts.nodes),
+                 "shuffled grids": restored(gap[:, dealt], parts.grid, texts.nodes),
+                 "everything": restored(gap, graph_harmonics(graph), texts.nodes)}  # fmt: skip
+        for name, edit in added.items():
             edits.append(Condition(f"add {name} {layer}", heads, edits={layer: edit}))
     return edits
 
