@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import site
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from papermill_runs import complaints, finish, start
 from tiny import WORDS, save_tiny, use_hub
 from transformers import GenerationConfig
 
-from lib import ROOT, attention, batches, generation, interventions, models, refusal
+from lib import ROOT, attention, generation, interventions, models, refusal, walks
+from lib.induction.ablations import leaning
+from lib.induction.texts import Texts
 from lib.interventions import Condition, Projection, Shift
 from lib.models import ModelError
 from lib.parameters import ParameterError, check, schemas
@@ -166,32 +169,40 @@ def test_a_pad_token_that_a_prompt_holds_is_read(server, there):
 
 
 def cells_with_a_trace():
-    """(id, source) of the cells of notebook 01 whose trace is written out."""
+    """Cells of notebook 01 whose trace is written out, by the variable that it saves."""
     notebook = json.loads((ROOT / "notebooks" / "01_induction_ablation.ipynb").read_text())
-    cells = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"}
-    return {name: source for name, source in cells.items() if ".trace(" in source}
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return {
+        name: source
+        for source in sources
+        if ".trace(" in source
+        for name in re.findall(r"^ +(\w+) = .*\.save\(\)$", source, re.MULTILINE)
+    }
 
 
-# What such a cell finds at its place, and which variable it makes.
-FOUND = {
-    "2c6d5fb9": (dict(ranked={"induction": [(1, 2)]}, word_ids=[3, 5, 8]), "by_hand"),
-    "79e28210": (dict(read_layer=2), "stream"),
-}
-
-
-@pytest.mark.parametrize("cell", cells_with_a_trace())
-def test_a_trace_in_the_notebook_goes_remote_too(cell, server, there, tmp_path):
-    given, name = FOUND[cell]
+@pytest.mark.parametrize("name", ["by_hand", "stream"])
+def test_a_trace_in_the_notebook_goes_remote_too(name, server, there, tmp_path):
+    source = cells_with_a_trace()[name]
     path = tmp_path / "cell.py"
-    path.write_text(cells_with_a_trace()[cell])
+    path.write_text(source)
+    graph = walks.grid_graph(2, 2)
+    nodes = walks.random_walks(graph, 5, 23, 0)
+    texts = Texts(np.tile(np.arange(4), (5, 1)), nodes, np.tile([3, 5, 8, 9], (5, 1)), IDS, n_prefix=1)
     made = []
     for model in (server.here, there):
-        scope = dict(model=model, p=SimpleNamespace(window=6, batch_size=2), ids=IDS, torch=torch, np=np)
-        scope |= dict(sizes=models.shape(model), batches=batches, **given)
-        exec(compile(path.read_text(), str(path), "exec"), scope)
+        scope = dict(
+            model=model, texts=texts, n_prefix=1, start=3, n_nodes=4, word_graph=graph, layer_shown=2,
+            ranked={"induction": [(1, 2)]}, sizes=models.shape(model), p=SimpleNamespace(seed=0),
+            torch=torch, np=np, walks=walks, leaning=leaning,
+        )  # fmt: skip
+        exec(compile(source, str(path), "exec"), scope)
         made.append(np.asarray(scope[name]))
     assert np.ptp(made[0])
     np.testing.assert_allclose(made[1], made[0], rtol=1e-5, atol=1e-6)
+
+
+def test_every_trace_of_the_notebook_is_tried():
+    assert set(cells_with_a_trace()) == {"by_hand", "stream"}
 
 
 def run_remote(study: str, server: Server, folder: Path, parameters: dict) -> Record:
@@ -215,8 +226,8 @@ def run_remote(study: str, server: Server, folder: Path, parameters: dict) -> Re
 
 def test_the_whole_notebook_of_induction_runs_remote(server, tmp_path):
     parameters = {
-        "rows": 3, "words": list(WORDS), "seq_len": 60, "window": 20, "n_walks": 4, "k_values": [1, 2],
-        "n_random_sets": 1,
+        "rows": 3, "words": list(WORDS), "seq_len": 90, "window": 60, "n_layouts": 4, "n_selecting": 1,
+        "k_values": [1, 2], "n_random_sets": 2, "dtype": "float32",
     }  # fmt: skip
     run_remote("01_induction_ablation", server, tmp_path, parameters)
 
@@ -300,7 +311,7 @@ CHAT = {"model_id": HUB_ID, "judge": "substring"}
 @pytest.mark.parametrize(
     ("study", "given", "message"),
     [
-        ("01_induction_ablation", {}, "'organism/induction' is one of this repository"),
+        ("01_induction_ablation", {"model_id": "organism/induction"}, "'organism/induction' is one of this repository"),
         ("01_induction_ablation", {"model_id": HUB_ID, "device": "cuda"}, "device: 'cuda'"),
         ("02_neighbor_mixing", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
         ("03_refusal_low_rank", CHAT, "compare_with: remote, .* leave out organism/refusal-single, "),
