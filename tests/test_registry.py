@@ -136,6 +136,11 @@ def test_unknown_names_are_met_with_the_nearest():
         RegistryError, match="gpt2 is not meant for 03_refusal_low_rank, but for 01_induction"
     ):
         find("gpt2").parameters("03_refusal_low_rank")
+    asked = 'make real STUDY=03_refusal_low_rank ARGS="-p model_id openai-community/gpt2"'
+    with pytest.raises(RegistryError, match=asked):
+        find("gpt2").parameters("03_refusal_low_rank")
+    with pytest.raises(RegistryError, match="make run MODEL=HUB_ID_OR_FOLDER"):
+        find("no-such-model")
 
 
 @pytest.mark.parametrize(

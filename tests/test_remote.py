@@ -311,7 +311,11 @@ CHAT = {"model_id": HUB_ID, "judge": "substring"}
 @pytest.mark.parametrize(
     ("study", "given", "message"),
     [
-        ("01_induction_ablation", {"model_id": "organism/induction"}, "'organism/induction' is one of this repository"),
+        (
+            "01_induction_ablation",
+            {"model_id": "organism/induction"},
+            "'organism/induction' is one of this repository",
+        ),
         ("01_induction_ablation", {"model_id": HUB_ID, "device": "cuda"}, "device: 'cuda'"),
         ("02_neighbor_mixing", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
         ("03_refusal_low_rank", CHAT, "compare_with: remote, .* leave out organism/refusal-single, "),
