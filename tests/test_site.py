@@ -163,13 +163,6 @@ def test_controls_leave_no_empty_boxes(notebook, soups, site):
     assert "VBox(" not in page.text and not page.find_all("script", type=WIDGET)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_cell_that_fetches_the_repository_stays_in_the_notebook(notebook, soups, site):
-    assert "find_spec" in notebook.read_text()
-    code = soups[site / notebook.relative_to(ROOT).with_suffix(".html")].select(".cell_input")
-    assert "from lib" in code[1].text and not [cell for cell in code if "find_spec" in cell.text]
-
-
 def test_dashboard_is_there(soups, site):
     assert (site / "figures" / "04_codi_attention" / "dashboard.html").is_file()
     study = soups[site / "notebooks" / "04_codi_attention.html"]
