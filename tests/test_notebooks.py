@@ -52,6 +52,14 @@ SMALL = {
         "n_seeds": 3,
         "n_bootstrap": 100,
     },
+    "1b_emergence": {
+        "seq_len": 160,
+        "window": 60,
+        "n_walks": 4,
+        "n_layouts": 4,
+        "k_values": [1, 2],
+        "n_bootstrap": 100,
+    },
     "2a_mixing_theory": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
     "03_refusal_low_rank": {
         "compare_with": ["organism/refusal-planted-1"],
