@@ -363,8 +363,8 @@ def word_probabilities(
     Args:
         final_stream: `model.norm.output`, or some of its positions [batch, token, d_model].
         word_ids: [word], or those of each row [batch, word].
-        max_logits: logits that may exist at a time, taken by slices of the vocabulary; 0 is 4 million (16 MB
-            in float32) on a CPU, where smaller slices wait for the other threads, and 128 million elsewhere.
+        max_logits: logits that may exist at a time, taken by slices of the vocabulary; 0 is 2 million on a
+            CPU (8 MB in float32: with less, threads wait for each other) and 64 million elsewhere.
 
     Returns:
         [batch, token, word], float32: exp of the word's logit minus the log-sum-exp over the vocabulary.
@@ -372,18 +372,22 @@ def word_probabilities(
     unembedding = model.lm_head._module
     weight, bias = unembedding.weight.detach(), unembedding.bias
     stream = final_stream.detach().flatten(0, 1).to(weight)
-    max_logits = max_logits or (2**22 if stream.device.type == "cpu" else 2**27)
+    max_logits = max_logits or (2**21 if stream.device.type == "cpu" else 2**26)
     size = min(len(weight), max(1, max_logits // len(stream)))
-    # One buffer for all slices: to allocate and free each of them scatters the heap, and the process grows.
-    buffer = stream.new_empty(len(stream), size)
-    n_slices = -(-len(weight) // size)
-    sums = torch.empty(len(stream), n_slices, dtype=torch.float32, device=stream.device)  # [token, slice]
-    for i, start in enumerate(range(0, len(weight), size)):
-        rows, out = slice(start, start + size), buffer[:, : len(weight) - start]
+    starts = range(0, len(weight), size)
+    sums = torch.empty(len(stream), len(starts), dtype=torch.float32, device=stream.device)  # [token, slice]
+    # The same buffers for all slices: to touch fresh memory takes longer than what is computed in it.
+    buffer = stream.new_empty(len(stream) * size)
+    exact, scaled = (torch.empty_like(buffer, dtype=torch.float32) for _ in range(2))
+    for i, start in enumerate(starts):
+        rows = slice(start, min(start + size, len(weight)))
+        part = len(stream), rows.stop - start
+        out, logits, log_shares = (x[: part[0] * part[1]].view(part) for x in (buffer, exact, scaled))
         torch.mm(stream, weight[rows].T, out=out)
-        logits = (out if bias is None else out.add_(bias[rows])).float()
+        logits.copy_(out if bias is None else out.add_(bias[rows]))
         # One fused kernel instead of a maximum, a difference, an exponential and a sum.
-        sums[:, i] = logits[:, 0] - logits.log_softmax(-1)[:, 0]
+        torch.log_softmax(logits, -1, out=log_shares)
+        sums[:, i] = logits[:, 0] - log_shares[:, 0]
     words = word_ids.to(weight.device).expand(len(final_stream), -1)  # [batch, word]
     with torch.autocast(stream.device.type, enabled=False):  # NDIF's would round to bfloat16
         of_words = stream.view(*final_stream.shape[:2], -1) @ weight[words].mT
