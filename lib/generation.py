@@ -5,7 +5,8 @@ centre, layers and shift, so that a sweep is a few large forwards. Conditions th
 and the blocks below the first one that a batch touches read every prompt once.
 
 Prompts are left-padded under an attention mask with positions of their own: a row's answer does not depend
-on the rows beside it. `last_token_streams` also offers the ways of padding that are wrong, to measure them.
+on the rows beside it. What all prompts begin with, such as the opening of a chat template, is read once a
+condition. `last_token_streams` also offers the ways of padding that are wrong, to measure them.
 """
 
 from __future__ import annotations
@@ -199,6 +200,36 @@ def first_token_kl(
     return _over_rows(
         model, prompts, conditions, partial(_divergences, model),
         name="first_token_kl", key={}, batch_size=batch_size, cache=cache, by_prompt=True,
+    )  # fmt: skip
+
+
+def first_token_share(
+    model: TransformersModel,
+    prompts: Sequence[Tokens],
+    conditions: Sequence[Ablation],
+    tokens: Sequence[int],
+    *,
+    batch_size: int = 0,
+    cache: Cache | None = None,
+) -> np.ndarray:
+    """Probability that an answer opens with one of some tokens, such as those that open refusals.
+
+    Arguments and errors as for `generate`.
+
+    Returns:
+        [condition, prompt], float32.
+
+    Source: the refusal score of Arditi et al. (2024), as a probability in place of its log-odds.
+    """
+    chosen = sorted({int(token) for token in tokens})
+
+    def measure(rows: list[Tokens], edits: list[Ablation]) -> np.ndarray:
+        logits = _first_logits(model, rows, edits)
+        return (logits[:, chosen].logsumexp(-1) - logits.logsumexp(-1)).exp().cpu().numpy()
+
+    return _over_rows(
+        model, prompts, conditions, measure,
+        name="first_token_share", key={"tokens": chosen}, batch_size=batch_size, cache=cache, by_prompt=False,
     )  # fmt: skip
 
 
@@ -489,10 +520,28 @@ def _prefill(
         cache = DynamicCache(config=model._module.config)
         logits = _forward(model, inputs, edits, cache, edits.first, entry[of_row])
         cache.layers[: edits.first] = lower.layers[: edits.first]
-    else:
-        cache = DynamicCache(config=model._module.config)
-        logits = _forward(model, inputs, edits, cache)
+        return logits, _State(model, edits, cache, inputs)
+    cache, opening = DynamicCache(config=model._module.config), _common_opening(prompts)
+    different = list(dict.fromkeys(conditions))
+    if len(opening) >= _WORTH_SHARING and 2 * len(different) <= len(prompts):
+        shared = {"input_ids": torch.tensor([opening] * len(different), device=model.device)}
+        _forward(model, shared, _Edits(model, different), cache)
+        number = {condition: i for i, condition in enumerate(different)}
+        cache.batch_select_indices(torch.tensor([number[condition] for condition in conditions]))
+        inputs = _padded(model, [prompt[len(opening) :] for prompt in prompts], len(opening))
+    logits = _forward(model, inputs, edits, cache)
     return logits, _State(model, edits, cache, inputs)
+
+
+_WORTH_SHARING = 8  # tokens
+
+
+def _common_opening(prompts: list[Tokens]) -> list[int]:
+    """Tokens that all prompts begin with, short of the last token of any."""
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # others lie between them
+    length = min(len(prompt) for prompt in prompts) - 1
+    different = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return list(first[: min(length, next(different, length))])
 
 
 def _first_logits(
@@ -652,15 +701,25 @@ def _batches(rows: list, lengths: list[int], size: int) -> Iterator[list]:
     yield batch
 
 
-def _padded(model: TransformersModel, prompts: Sequence[Tokens]) -> dict[str, torch.Tensor]:
-    """Inputs of a forward [row, token], left-padded under a mask where lengths differ."""
+def _padded(
+    model: TransformersModel, prompts: Sequence[Tokens], n_before: int = 0
+) -> dict[str, torch.Tensor]:
+    """Inputs of a forward [row, token], left-padded under a mask where lengths differ.
+
+    Args:
+        n_before: tokens that the cache holds of every row, which the mask and the positions count.
+    """
     longest = max(map(len, prompts))
     missing = torch.tensor([longest - len(prompt) for prompt in prompts])
     ids = torch.tensor([[_pad_id(model)] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
     inputs = {"input_ids": ids}
     if missing.any():
         positions = torch.arange(longest) - missing[:, None]
-        inputs |= {"attention_mask": (positions >= 0).long(), "position_ids": positions.clamp_min(0)}
+        before = torch.ones(len(prompts), n_before, dtype=torch.long)
+        inputs |= {
+            "attention_mask": torch.cat([before, (positions >= 0).long()], dim=1),
+            "position_ids": n_before + positions.clamp_min(0),
+        }
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

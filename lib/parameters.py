@@ -237,7 +237,7 @@ class InductionAblation(_WordGraphParameters):
     study: ClassVar[str] = "01_induction_ablation"
     embedded: ClassVar[dict[str, Any]] = {"model_id": "organism/induction", "k_values": [1, 2, 4, 8]}
 
-    seq_len: Whole = Field(400, ge=40)
+    seq_len: Whole = Field(400, ge=88)  # a token is read in each of six stretches of context
     window: Whole = Field(200, ge=1)
     n_layouts: Whole = Field(8, ge=4)
     n_selecting: Whole = Field(4, ge=1)

@@ -223,8 +223,7 @@ def run_job(job: Job, folder: Path, timeout: float = float("inf"), notebooks: Pa
         given = {**job.parameters, "model_id": job.model, "seed": job.seed}
         os.environ["FIGURES_DIR"] = str(home)
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):  # its progress line
-            notebook = f"{job.study}.ipynb"
-            ended = run_study(notebooks / notebook, home / notebook, given, timeout)
+            ended = run_study(_notebook(job, notebooks), home / f"{job.study}.ipynb", given, timeout)
         if ended.record is None:
             (home / "error.txt").write_text(ended.problem + "\n", encoding="utf-8")
         return ended.problem
@@ -248,7 +247,7 @@ def result(job: Job, folder: Path, notebooks: Path = NOTEBOOKS) -> Result:
 
 def _identity(job: Job, notebooks: Path) -> str:
     """What a job is: its parameters, its notebook's code, and what is in the files that they name."""
-    cells = json.loads((notebooks / f"{job.study}.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(_notebook(job, notebooks).read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     p = check(schemas()[job.study], {**job.parameters, "model_id": job.model, "seed": job.seed})
     others = [*getattr(p, "compare_with", ()), *getattr(p, "answer_only", ())]
@@ -262,6 +261,12 @@ def _identity(job: Job, notebooks: Path) -> str:
     )
 
 
+def _notebook(job: Job, notebooks: Path) -> Path:
+    """Where a study's notebook stands."""
+    folder = notebooks / "appendix" if schemas()[job.study].appendix else notebooks
+    return folder / f"{job.study}.ipynb"
+
+
 def _model_digest(model: str, revision: str = "") -> str:
     """What changes with a model's weights: a hash of its files, or the revision on the hub."""
     if model.startswith("organism/"):
@@ -270,8 +275,12 @@ def _model_digest(model: str, revision: str = "") -> str:
         files = {name: digest for name, digest in manifest.items() if name != "README.md"}
     else:
         folder = ROOT / Path(model).expanduser()
+        if folder.is_file():
+            return _file_digest(folder)
         if not folder.is_dir():
-            return revision or registry.pinned(model) or "newest"
+            known = registry.lookup(model)
+            pinned = known and (known.file.sha256 if known.file else known.revision)
+            return revision or pinned or "newest"
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): _file_digest(path) for path in paths}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]

@@ -28,6 +28,7 @@ from lib.generation import (
     end_tokens,
     first_token_kl,
     first_token_log_probabilities,
+    first_token_share,
     generate,
     intact,
     last_token_streams,
@@ -168,6 +169,19 @@ def test_generation_equals_transformers_under_hooks(model, batch_size):
     assert answers[2] == answers[-1]
 
 
+def test_common_opening_is_read_once_a_condition_and_changes_nothing(model):
+    opened = [[0, 3, 9, 27, 14, 5, 20, 31, 8, *prompt[1:]] for prompt in PROMPTS]
+    with counted_rows(model) as rows:
+        answers = generate(model, opened, CONDITIONS[:4], max_new_tokens=1)
+    assert rows == [4, 4 * len(PROMPTS)], "the opening of four conditions, then the rest of all rows"
+    answers = generate(model, opened, CONDITIONS, max_new_tokens=NEW)
+    for condition, found in zip(CONDITIONS, answers, strict=True):
+        assert found == one_by_one(model, opened, condition), condition.name
+    assert generate(model, [*opened, opened[0][:9]], CONDITIONS[:3], max_new_tokens=NEW)[2][:-1] == answers[2]
+    same = generate(model, [opened[0]] * 4, CONDITIONS[:1], max_new_tokens=NEW)[0]
+    assert same == [answers[0][0]] * 4
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_batch_size_and_company_change_nothing(llama, batch_size):
     expected = generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW)
@@ -259,6 +273,8 @@ def test_first_token_measures_equal_hooks(model):
             assert kl[c, j] == pytest.approx(float(divergence), rel=1e-3, abs=1e-5)
             np.testing.assert_allclose(known[c, j], after.numpy(), atol=1e-3)
     assert (kl[0] < 1e-6).all() and (kl[1:].max(1) > 1e-3).all()
+    share = first_token_share(model, PROMPTS, CONDITIONS, [9, 4, 9])
+    np.testing.assert_allclose(share, np.exp(known[..., [4, 9]]).sum(-1), rtol=1e-3, atol=1e-5)
 
 
 def test_affine_removal_leaves_the_center_in_the_stream(model):

@@ -83,6 +83,7 @@ def test_float_reads_what_yaml_leaves_a_string():
             "another model_id",
         ),
         ({"dtype": "int8"}, "dtype: got 'int8'; allowed: 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ({"seq_len": 87, "window": 40}, "seq_len: got 87; at least 88 is needed"),
         ({"window": 400}, "window: 400 tokens of seq_len = 400; at most 320 leave a start"),
         ({"words": ["apple"] * 16}, "words: each may stand once; repeated: apple"),
         (

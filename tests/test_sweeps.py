@@ -197,6 +197,18 @@ def test_every_file_that_a_job_reads_is_part_of_what_it_is(tmp_path, monkeypatch
     assert sweep._identity(job, sweep.NOTEBOOKS) != before
 
 
+def test_gguf_file_is_known_by_its_bytes(tmp_path):
+    def identity(model: str) -> str:
+        return sweep._identity(sweep.Job("1a_heads_in_language", "g", model, 0, {}), sweep.NOTEBOOKS)
+
+    named = sweep.registry.find("SmolLM2-135M-Instruct")
+    assert named.file.sha256 in identity(named.name)
+    (tmp_path / "a.gguf").write_bytes(b"1")
+    before = identity(str(tmp_path / "a.gguf"))
+    (tmp_path / "a.gguf").write_bytes(b"2")
+    assert identity(str(tmp_path / "a.gguf")) != before
+
+
 def test_model_of_the_hub_is_known_by_its_revision():
     def identity(**given) -> str:
         return sweep._identity(sweep.Job("02_neighbor_mixing", "g", model, 0, given), sweep.NOTEBOOKS)
