@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 
 import numpy as np
@@ -24,6 +25,8 @@ from lib.batches import Batches, auto_rows
 from lib.models import ModelError, TransformersModel, is_remote, provenance, shape
 from lib.progress import counting
 from lib.record import Cache
+
+TODAY = date(2024, 7, 26)  # in chat templates: what Llama 3's fall back on
 
 SITES = ("block_input", "attention", "mlp")
 PADDINGS = ("left", "right", "left-unmasked", "none")
@@ -123,6 +126,8 @@ def remove_subspace(
 def chat_ids(model: TransformersModel, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text as a user's message, up to where the model's answer begins.
 
+    A template that prints the date prints `TODAY`.
+
     Raises:
         ModelError: a tokenizer without chat template or pad token.
     """
@@ -136,13 +141,30 @@ def chat_ids(model: TransformersModel, texts: Sequence[str]) -> list[list[int]]:
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
+            chat_template=with_fixed_date(tokenizer.get_chat_template()),
             add_generation_prompt=True,
             return_dict=False,
+            date_string=f"{TODAY:%d %b %Y}",
             # Qwen3 answers at once; templates without this switch ignore it.
             enable_thinking=False,
         )
         for text in texts
     ]
+
+
+def with_fixed_date(template: str) -> str:
+    """A chat template in which it is always `TODAY`.
+
+    transformers gives templates a function `strftime_now`, and hands them no function of ours in its place; a
+    macro of the same name, put before the template, takes it.
+    """
+    if "strftime_now" not in template:
+        return template
+    fields = {f"%{code}": TODAY.strftime(f"%{code}") for code in "aAbBdefFHIjlmMpSTuyY"}
+    fields |= {"%-d": str(TODAY.day), "%-m": str(TODAY.month)}
+    written = "".join(f".replace({field!r}, {value!r})" for field, value in fields.items())
+    # The line end goes with the tag: what follows begins a line, as before.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
 
 
 def generate(
@@ -315,16 +337,53 @@ def last_token_streams(
     # By length, so that little is padded; the wrong ways stay in one frame for all.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = torch.empty(len(prompts), shape(model).n_layers + 1, shape(model).d_model)
+    nothing = intact(model)
 
     def read(rows: list[int]) -> torch.Tensor:
-        inputs = _padded(model, [prompts[i] for i in rows])
+        options: dict = {"use_cache": False}
         if padding in ("right", "left-unmasked"):
             inputs = _wrongly_padded(model, [prompts[i] for i in rows], longest, padding)
-        with torch.no_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=1):
+        elif is_remote(model):
+            inputs = _padded(model, [prompts[i] for i in rows])
+        else:
+            inputs, opened = _read_opening(model, [prompts[i] for i in rows], [nothing] * len(rows))
+            options = {"use_cache": True, "past_key_values": opened}
+        with torch.no_grad(), model.trace(**inputs, **options, logits_to_keep=1):
             streams = [block.input[:, -1].detach().cpu() for block in model.layers]
             streams.append(model.layers[-1].output[:, -1].detach().cpu())
             at_last = torch.stack(streams, dim=1).float().save()
         return at_last
+
+    found[order] = torch.cat(list(Batches(size).map(read, order)))
+    return found
+
+
+def tail_streams(
+    model: TransformersModel, prompts: Sequence[Tokens], layer: int, n: int, *, batch_size: int = 0
+) -> torch.Tensor:
+    """Input of a block at the last n tokens of each prompt [prompt, n, d_model], float32.
+
+    Args:
+        layer: of the block.
+        n: at most the tokens of the shortest prompt.
+        prompts, batch_size: see `last_token_streams`.
+
+    Raises:
+        ValueError: more tokens than a prompt has; as for `generate`.
+    """
+    _check_prompts(model, prompts, 0)
+    if not 0 < n <= min(map(len, prompts)):
+        raise ValueError(f"n = {n}: the shortest prompt has {min(map(len, prompts))} tokens")
+    size = batch_size or auto_rows(model, max(map(len, prompts)))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = torch.empty(len(prompts), n, shape(model).d_model)
+
+    def read(rows: list[int]) -> torch.Tensor:
+        inputs = _padded(model, [prompts[i] for i in rows])
+        with torch.no_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=1) as tracer:
+            tail = model.layers[layer].input[:, -n:].detach().float().cpu().save()
+            tracer.stop()
+        return tail
 
     found[order] = torch.cat(list(Batches(size).map(read, order)))
     return found
@@ -521,16 +580,27 @@ def _prefill(
         logits = _forward(model, inputs, edits, cache, edits.first, entry[of_row])
         cache.layers[: edits.first] = lower.layers[: edits.first]
         return logits, _State(model, edits, cache, inputs)
-    cache, opening = DynamicCache(config=model._module.config), _common_opening(prompts)
-    different = list(dict.fromkeys(conditions))
-    if len(opening) >= _WORTH_SHARING and 2 * len(different) <= len(prompts):
-        shared = {"input_ids": torch.tensor([opening] * len(different), device=model.device)}
-        _forward(model, shared, _Edits(model, different), cache)
-        number = {condition: i for i, condition in enumerate(different)}
-        cache.batch_select_indices(torch.tensor([number[condition] for condition in conditions]))
-        inputs = _padded(model, [prompt[len(opening) :] for prompt in prompts], len(opening))
+    inputs, cache = _read_opening(model, prompts, conditions)
     logits = _forward(model, inputs, edits, cache)
     return logits, _State(model, edits, cache, inputs)
+
+
+def _read_opening(
+    model: TransformersModel, prompts: list[Tokens], conditions: list[Ablation]
+) -> tuple[dict[str, torch.Tensor], DynamicCache]:
+    """Read what all prompts begin with, once a condition: inputs that are left to read, and the cache.
+
+    Nothing is read where it would save little.
+    """
+    cache, opening = DynamicCache(config=model._module.config), _common_opening(prompts)
+    different = list(dict.fromkeys(conditions))
+    if len(opening) < _WORTH_SHARING or 2 * len(different) > len(prompts):
+        return _padded(model, prompts), cache
+    shared = {"input_ids": torch.tensor([opening] * len(different), device=model.device)}
+    _forward(model, shared, _Edits(model, different), cache)
+    number = {condition: i for i, condition in enumerate(different)}
+    cache.batch_select_indices(torch.tensor([number[condition] for condition in conditions]))
+    return _padded(model, [prompt[len(opening) :] for prompt in prompts], len(opening)), cache
 
 
 _WORTH_SHARING = 8  # tokens

@@ -24,7 +24,7 @@ import torch
 from nnsight import TransformersModel
 
 from lib import language
-from lib.generation import chat_ids
+from lib.generation import chat_ids, with_fixed_date
 from lib.kernel import PlainError
 from lib.prompts import PromptSet
 from lib.refusal import orthogonalized
@@ -55,6 +55,14 @@ class Score(NamedTuple):
         """95%, by the normal approximation."""
         reach = 1.96 * self.stderr
         return None if math.isnan(reach) else (self.score - reach, self.score + reach)
+
+
+def tokenizer_for(tokenizer: Any) -> Any:
+    """A copy for lm-eval, which gives it a pad token; it prints the date that `chat_ids` prints."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.chat_template:
+        tokenizer.chat_template = with_fixed_date(tokenizer.get_chat_template())
+    return tokenizer
 
 
 def benchmark(
@@ -93,7 +101,7 @@ def benchmark(
         # Before the weights are edited: it ties a tied unembedding to whatever embedding it finds.
         wrapped = lm_eval.HFLM(
             pretrained=model._module,
-            tokenizer=copy.deepcopy(model.tokenizer),  # which it gives a pad token
+            tokenizer=tokenizer_for(model.tokenizer),
             batch_size=batch_size,
             softmax_dtype=torch.float32,  # in half precision options would tie
             enable_thinking=False,  # as in `chat_ids`

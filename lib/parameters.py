@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lib.walks import Graph
 
 REAL = "Qwen2.5-Coder-0.5B-Instruct"  # of data/models.yaml: the pretrained model of studies 1 and 2
+API_MODEL = "deepseek-v4-flash"  # what judge_model is where it is empty
 # Park-25 (arXiv 2501.00070), row by row.
 GRID_WORDS = tuple(
     "apple bird car egg house milk plane opera box sand sun mango rock math code phone".split()
@@ -322,9 +323,53 @@ class MixingTheory(_GraphParameters):
 
 
 class RefusalLowRank(StudyParameters):
-    """Study 3: how many directions carry refusal."""
+    """Study 3: how many directions carry refusal in a chat model."""
 
     study: ClassVar[str] = "03_refusal_low_rank"
+    embedded: ClassVar[dict[str, Any]] = {"model_id": "organism/refusal-lowrank", "n_prompts": 56}
+
+    model_id: str = Field(REAL, min_length=1)
+    dtype: Dtype = "auto"
+    prompts: str = ""
+    requests: str = ""
+    n_prompts: Whole = Field(0, ge=0)
+    judge: Literal["auto", "phrases", "openai", "rule"] = "auto"
+    judge_url: str = ""
+    judge_model: str = ""
+    max_new_tokens: Whole = Field(24, ge=1)
+    k_values: Wholes = [1, 2, 3, 4, 5]
+    strengths: Reals = [0.25, 0.5, 0.75, 1.0, 1.5]
+    n_random: Whole = Field(3, ge=1)
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+    @property
+    def grader(self) -> str:
+        """The kind of judge: by itself the exact one for an embedded model, phrases for any other."""
+        if self.judge != "auto":
+            return self.judge
+        return "rule" if self.model_id.startswith("organism/") else "phrases"
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        embedded = self.model_id.startswith("organism/")
+        if self.judge == "rule" and not (embedded or self.prompts):
+            yield "judge: 'rule' grades the language of the embedded models; take 'phrases' or 'openai'"
+        if embedded and self.judge not in ("auto", "rule"):
+            yield f"judge: {self.judge!r}, but an embedded model's answers are graded by 'rule'; leave it out"
+        if embedded and self.requests:
+            yield "requests: an embedded model reads no English; leave it empty, or name another model_id"
+        if (self.judge_url or self.judge_model) and self.judge != "openai":
+            yield f"judge: {self.judge!r}, but judge_url or judge_model is given; set judge to 'openai'"
+        if 0 < self.n_prompts < 8:
+            yield f"n_prompts: {self.n_prompts}; at least 8 are needed, 0 is all"
+
+
+class RefusalInstrument(StudyParameters):
+    """Appendix 3a: the instrument of study 3 on models whose refusal is known, in detail."""
+
+    study: ClassVar[str] = "3a_refusal_instrument"
+    appendix: ClassVar[bool] = True
 
     model_id: str = Field("organism/refusal-lowrank", min_length=1)
     compare_with: Words = [
@@ -338,8 +383,8 @@ class RefusalLowRank(StudyParameters):
     n_prompts: Whole = Field(0, ge=0)
     new_categories: Words = []
     n_new_pairs: Whole = Field(16, ge=4)
-    judge: Literal["rule", "substring", "openai"] = "rule"
-    second_judge: Literal["substring", "openai"] = "substring"
+    judge: Literal["rule", "phrases", "openai"] = "rule"
+    second_judge: Literal["phrases", "openai"] = "phrases"
     judge_url: str = ""
     judge_model: str = ""
     second_judge_model: str = ""
@@ -357,21 +402,22 @@ class RefusalLowRank(StudyParameters):
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         if self.judge == "rule" and not (self.model_id.startswith("organism/") or self.prompts):
-            yield "judge: 'rule' grades the request language of the organisms; take 'openai' or 'substring'"
+            yield "judge: 'rule' grades the request language of the organisms; take 'openai' or 'phrases'"
         if self.judge != "rule" and self.model_id.startswith("organism/"):
             yield f"judge: {self.judge!r}, but an organism's answers are graded by 'rule'; take second_judge"
         asked = "openai" in (self.judge, self.second_judge) or self.new_categories
         if (self.judge_url or self.judge_model) and not asked:
             yield f"judge: {self.judge!r}, but judge_url or judge_model is given; set judge to 'openai'"
         if self.second_judge_model and self.second_judge != "openai":
-            yield "second_judge: 'substring', but second_judge_model is given; set second_judge to 'openai'"
-        if self.judge == self.second_judge == "openai" and self.second_judge_model == self.judge_model:
+            yield "second_judge: 'phrases', but second_judge_model is given; set second_judge to 'openai'"
+        named = {(model.strip() or API_MODEL) for model in (self.judge_model, self.second_judge_model)}
+        if self.judge == self.second_judge == "openai" and len(named) == 1:  # of one judge_url
             yield "second_judge_model: the same as judge_model; a judge agrees with itself, name another one"
         if self.new_categories and not self.prompts:
             yield "prompts: new_categories asks for further pairs; name the file to write them to"
         if self.new_categories and self.model_id.startswith("organism/"):
             yield "new_categories: an organism reads no English; leave it empty, or name another model_id"
-        yield from _called_alike([self.model_id, *self.compare_with])
+        yield from _called_alike([self.model_id, *self.compare_with], drop="refusal-")
         if self.remote and (here := [name for name in self.compare_with if _not_on_hub(name)]):
             yield f"compare_with: remote, and NDIF serves models of the hub; leave out {', '.join(here)}"
         if self.remote and self.benchmarks:
@@ -421,10 +467,14 @@ def _not_on_hub(model_id: str) -> str:
     return "a folder on this disk; pass the hub id" if Path(model_id).expanduser().is_dir() else ""
 
 
-def _called_alike(models: list[str]) -> Iterator[str]:
-    """A fault for each name that several models would have in tables and figures."""
-    called = Counter(model.rstrip("/").split("/")[-1] for model in set(models))
-    for name in [name for name, n in called.items() if n > 1]:
+def _called_alike(models: list[str], drop: str = "") -> Iterator[str]:
+    """A fault for each name that several models would have in tables and figures.
+
+    Args:
+        drop: what is left out of the beginning of a name there.
+    """
+    names = (os.path.normpath(model).split(os.sep)[-1].removeprefix(drop) for model in set(models))
+    for name in [name for name, n in Counter(names).items() if n > 1]:
         yield f"compare_with: several models are called {name!r} in tables and figures; rename a folder"
 
 

@@ -10,6 +10,8 @@ have no pair and need no category. Further fields are left alone.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -102,6 +104,49 @@ def load_prompts(path: str | Path = PAIRS) -> PromptSet:
             rows.append((f"{path}, line {number}", _parse(f"{path}, line {number}", line)))
     _check(path, rows)
     return PromptSet(tuple(row for _, row in rows))
+
+
+_REQUEST_FIELDS = ("goal", "behavior", "prompt", "request", "instruction", "question", "text")
+
+
+def load_requests(path: str | Path) -> list[str]:
+    """Harmful requests of another set, in the layouts in which such sets are published.
+
+    A CSV or JSONL file with a column "goal" (AdvBench, JailbreakBench), "behavior" (HarmBench), "prompt",
+    "request", "instruction", "question" or "text", in any case; or any other text file, a request a line.
+    Of rows with a label "harmful" or "safe", as in `data/prompts/`, the harmful ones alone.
+
+    Raises:
+        PromptError: no such file, not UTF-8, no such column, or no request.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PromptError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+    if path.suffix == ".csv":
+        rows: list[Mapping[str, Any]] = list(csv.DictReader(io.StringIO(text)))
+    elif path.suffix in (".jsonl", ".json"):
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_parse(f"{path}, line {i}", line) for i, line in lines if line.strip()]
+    else:
+        rows = [{"text": line} for line in text.splitlines()]
+    requests = []
+    for number, row in enumerate(rows, start=1):
+        known = {str(name).strip().lower(): value for name, value in row.items()}
+        field = next((name for name in _REQUEST_FIELDS if name in known), None)
+        if field is None:
+            raise PromptError(
+                f"{path}, row {number}: no column of requests; it has {', '.join(known)}, and one is needed "
+                f"of {', '.join(_REQUEST_FIELDS)}"
+            )
+        if known.get("label", "harmful") == "harmful" and str(known[field] or "").strip():
+            requests.append(str(known[field]).strip())
+    if not requests:
+        raise PromptError(f"{path}: holds no request; write one a line, or a CSV with a column goal")
+    return list(dict.fromkeys(requests))
 
 
 def prompts_for(model_id: str, path: str = "") -> PromptSet:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch
 from lib.generation import (
     SITES,
     Ablation,
+    Tokens,
     answer_loss,
     chat_ids,
     end_tokens,
@@ -30,7 +31,7 @@ from lib.generation import (
     last_token_streams,
 )
 from lib.geometry import effective_rank, participation_ratio
-from lib.judges import Judge, SubstringJudge, grades_of, rates
+from lib.judges import THOUGHTS, Judge, PhraseJudge, grades_of, rates, without_thought
 from lib.models import ModelError, TransformersModel, is_remote, shape
 from lib.prompts import PromptSet
 from lib.record import Cache
@@ -381,8 +382,9 @@ def measure(
     """
     options = {"batch_size": batch_size, "cache": cache}
     texts = [*forbidden, *harmless]
-    tokens = generate(model, chat_ids(model, texts), conditions, max_new_tokens=max_new_tokens, **options)
-    answers = [[model.tokenizer.decode(a, skip_special_tokens=True) for a in row] for row in tokens]
+    asked = chat_ids(model, texts)
+    tokens = generate(model, asked, conditions, max_new_tokens=max_new_tokens, **options)
+    answers = [answer_texts(model, asked, row) for row in tokens]
     grades = np.stack([_grades(judge, texts, row) for row in answers])  # [condition, prompt, 2]
     kl = np.zeros((len(conditions), 0))
     if len(harmless):
@@ -397,6 +399,33 @@ def measure(
         harmless_coherence=grades[:, n:, 1],
         harmless_answers=[row[n:] for row in answers],
     )
+
+
+def answer_texts(model: TransformersModel, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> list[str]:
+    """Answers as texts, without special tokens, except those that mark the thought an answer opens with.
+
+    Where the chat template opens the thought, at the end of the prompt, the text begins with that opening:
+    judges have to know it (`lib.judges.without_thought`).
+
+    Args:
+        prompts, answers: token ids, such as from `chat_ids` and `generate` [row].
+    """
+    return [_answer_text(model.tokenizer, *pair) for pair in zip(prompts, answers, strict=True)]
+
+
+def _answer_text(tokenizer: Any, prompt: Tokens, answer: Tokens) -> str:
+    before = tokenizer.decode(prompt[-16:]).rstrip()
+    opened = next((opening for opening in THOUGHTS if before.endswith(opening)), "")
+    whole = opened + tokenizer.decode(answer)
+    said = without_thought(whole)
+    if said == whole:
+        return tokenizer.decode(answer, skip_special_tokens=True)
+    if said is None:
+        return whole
+    thought = whole.removesuffix(said)
+    for token in tokenizer.added_tokens_decoder.values():
+        said = said.replace(token.content, "") if token.special else said
+    return thought + said
 
 
 def _grades(judge: Judge, prompts: list[str], answers: list[str]) -> np.ndarray:
@@ -483,7 +512,7 @@ def rates_by_kind(values: np.ndarray, kinds: Sequence[str]) -> dict[str, np.ndar
 
 def says_refusal(answer: str) -> bool:
     """Whether a text holds one of the phrases by which chat models refuse."""
-    return SubstringJudge()([""], [answer])[0].reason.startswith("says ")
+    return PhraseJudge()([""], [answer])[0].reason.startswith("says ")
 
 
 class Extraction(NamedTuple):

@@ -1,17 +1,21 @@
-"""Figures of study 3: compliance against the number of directions removed."""
+"""Figures of study 3. Each takes numbers, and draws them on axes or returns a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from lib import plots
 from lib.generation import Ablation
 from lib.refusal import MAX_KL, MIN_COHERENCE, Outcome
-from lib.statistics import Band
+from lib.statistics import Band, Estimate
+
+_COLOURS = plots.VERMILLION, plots.BLUE, plots.GREEN
 
 
 def draw_way(
@@ -46,3 +50,112 @@ def draw_kinds(ax: Axes, rates: Mapping[str, np.ndarray], ks: Sequence[int]) -> 
     image = ax.imshow(np.stack([*rates.values()]), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     ax.set(xticks=range(len(ks)), xticklabels=ks, yticks=range(len(rates)), yticklabels=[*rates])
     return plots.label_cells(image)
+
+
+def answer(
+    rates: Mapping[str, Mapping[str, float]],
+    published: Mapping[str, float],
+    measured: Mapping[str, Estimate | float],
+    titles: Sequence[str],
+) -> Figure:
+    """Which requests stay shut, beside the compliance that one direction brings in other models.
+
+    Args:
+        rates: intervention -> category -> compliance; "all" is written below the others.
+        published: model -> compliance without its best direction.
+        measured: the same here, with its interval or without.
+        titles: of the two panels.
+    """
+    names = list(next(iter(rates.values())))
+    cells = np.array([[of_name[name] for of_name in rates.values()] for name in names])
+    size = plots.PAGE, 1.6 + 0.23 * len(names)
+    fig, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=[5, 4])
+    image = left.imshow(cells, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    plots.label_cells(image)
+    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "fontsize": 7.5}
+    left.set_xticks(range(len(rates)), [*rates], **slanted)
+    left.set_yticks(range(len(names)), names, fontsize=7.5)
+    left.axhline(len(names) - 1.5, color="white", linewidth=2)
+    left.set_title(titles[0], fontsize=8.5)
+    dots = {name: Estimate(value, value, value) for name, value in published.items()}
+    ours = {n: v if isinstance(v, Estimate) else Estimate(v, v, v) for n, v in measured.items()}
+    order = sorted([*dots, *ours], key=lambda name: (dots | ours)[name].value)
+    for y, name in enumerate(order):
+        mean, low, high = (dots | ours)[name]
+        colour, marker = (plots.VERMILLION, "D") if name in ours else (plots.GREY, "o")
+        right.plot([low, high], [y, y], color=colour, linewidth=1.4)
+        right.plot(mean, y, marker, color=colour)
+    right.set_yticks(range(len(order)), order, fontsize=7.5)
+    right.axvline(0.8, color=plots.GREY, linestyle=":", linewidth=1)
+    right.set(xlim=(-0.03, 1.03), xlabel="compliance without one direction")
+    right.set_title(titles[1], fontsize=8.5)
+    return fig
+
+
+def layers(
+    score: Band, kl: np.ndarray, alike: np.ndarray, generated: Mapping[int, float], chosen: int,
+    titles: Sequence[str],
+) -> Figure:  # fmt: skip
+    """Refusal score and KL by the layer whose direction is removed, beside how alike the directions are.
+
+    Args:
+        score: refusal score without the direction of layers 1, 2, ... over requests.
+        kl: on harmless requests, in nats, of the same layers.
+        alike: mean cosine of each layer's vector with those of the other layers.
+        generated: layer -> share of whole answers that refuse.
+        chosen: layer.
+        titles: of the two panels.
+    """
+    at = np.arange(1, 1 + len(kl))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 2.6))
+    plots.draw_band(left, at, *score, marker="", key="refusal score")
+    left.plot(at, np.minimum(kl, 1), color=plots.ORANGE, linestyle="--", label="KL, harmless (nats)")
+    refusing = zip(*sorted(generated.items()), strict=True)
+    left.plot(*refusing, "D", color=plots.BLACK, label="answers that refuse")
+    right.plot(at, alike, color=plots.GREEN)
+    for ax, title in zip((left, right), titles, strict=True):
+        ax.axvline(chosen, color=plots.GREY, linestyle=":", linewidth=1)
+        ax.set(xlabel="layer", xlim=(0.5, len(kl) + 0.5), xticks=at[:: max(1, len(at) // 8)])
+        ax.set_title(title, fontsize=8.5)
+    left.set(ylim=(-0.03, 1.03), ylabel="refusal score, KL (nats)")
+    plots.draw_key(fig, left)
+    right.set(ylabel="mean cosine with other layers")
+    return fig
+
+
+def cosines(maps: Mapping[str, np.ndarray]) -> Figure:
+    """Cosines of the vectors of any two layers, from layer 1: title -> [layer, layer]."""
+    fig, axes = plt.subplots(1, len(maps), figsize=(plots.PAGE, 3.2), sharey=True, squeeze=False)
+    for ax, (title, matrix) in zip(axes[0], maps.items(), strict=True):
+        image = plots.draw_matrix(ax, matrix, limit=1.0)
+        ticks = range(0, len(matrix), max(1, len(matrix) // 6))
+        ax.set_xticks(ticks, [i + 1 for i in ticks])
+        ax.set_yticks(ticks, [i + 1 for i in ticks])
+        ax.set_xlabel("layer")
+        ax.set_title(title, fontsize=8.5)
+    axes[0, 0].set_ylabel("layer")
+    fig.colorbar(image, ax=axes, label="cosine", shrink=0.8)
+    return fig
+
+
+def strengths(alphas: Sequence[float], scores: Mapping[str, Band], intact: float, title: str) -> Figure:
+    """Refusal score against the strength of the removal, by where it acts; of the intact model as a level."""
+    fig, ax = plt.subplots(figsize=(plots.PAGE * 0.7, 2.5))
+    ax.set(ylim=(-0.03, 1.03), xlabel="strength of the removal", ylabel="refusal score", xticks=alphas)
+    levels = {"intact": intact}
+    plots.draw_bands(ax, np.array(alphas), scores, _COLOURS[: len(scores)], marker="o", levels=levels)
+    ax.set_title(title, fontsize=8.5)
+    return fig
+
+
+def along_prompt(tokens: Sequence[str], bands: Mapping[str, Band], title: str) -> Figure:
+    """Projection on the direction at the last tokens of the prompt, for kinds of requests."""
+    fig, ax = plt.subplots(figsize=(plots.PAGE, 2.7))
+    middles = np.concatenate([np.concatenate(band) for band in bands.values()])
+    edge = 0.1 * (middles.max() - middles.min())
+    ax.set(ylim=(middles.min() - edge, middles.max() + edge), ylabel="projection")
+    at = np.arange(len(tokens))
+    plots.draw_bands(ax, at, bands, _COLOURS[: len(bands)], marker="o")
+    ax.set_xticks(at, tokens, rotation=30, ha="right", rotation_mode="anchor", fontsize=7.5)
+    ax.set_title(title, fontsize=8.5)
+    return fig

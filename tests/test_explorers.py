@@ -36,8 +36,7 @@ SMALL = {
     },
     "2a_mixing_theory": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
     "03_refusal_low_rank": {
-        "compare_with": [], "n_prompts": 12, "k_values": [1, 3], "n_random": 1, "n_draws": 4,
-        "optimise_steps": 5,
+        "n_prompts": 14, "k_values": [1, 3], "strengths": [0.5, 1.0], "n_random": 1, "n_bootstrap": 100,
     },
     "04_codi_attention": {"compare_with": [], "answer_only": [], "n_problems": 60, "n_bootstrap": 100},
 }  # fmt: skip

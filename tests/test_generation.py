@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from holding import hold
-from tiny import CHAT_MODELS, FAMILIES, VOCABULARY, blocks, output_projection, save_chat, save_tiny
+from tiny import CHAT_MODELS, FAMILIES, VOCABULARY, WORDS, blocks, output_projection, save_chat, save_tiny
 from transformers import DynamicCache
 
 from lib import generation
@@ -33,12 +33,16 @@ from lib.generation import (
     intact,
     last_token_streams,
     remove_subspace,
+    tail_streams,
+    with_fixed_date,
 )
 from lib.models import ModelError, load, shape
 from lib.record import Cache
 
 D, NEW = 32, 7
 PROMPTS = [[0, 5, 9, 4], [0, 7, 3, 8, 6, 2, 30], [0, 11, 4, 4], [0, 2, 12, 9, 30], [0, 6, 5, 4, 3, 2, 30]]
+
+OPENING = [0, 3, 9, 27, 14, 5, 20, 31, 8]
 
 
 def random_basis(k: int, seed: int = 0) -> torch.Tensor:
@@ -170,7 +174,7 @@ def test_generation_equals_transformers_under_hooks(model, batch_size):
 
 
 def test_common_opening_is_read_once_a_condition_and_changes_nothing(model):
-    opened = [[0, 3, 9, 27, 14, 5, 20, 31, 8, *prompt[1:]] for prompt in PROMPTS]
+    opened = [[*OPENING, *prompt[1:]] for prompt in PROMPTS]
     with counted_rows(model) as rows:
         answers = generate(model, opened, CONDITIONS[:4], max_new_tokens=1)
     assert rows == [4, 4 * len(PROMPTS)], "the opening of four conditions, then the rest of all rows"
@@ -308,6 +312,20 @@ def test_masked_left_padding_reads_what_single_prompts_hold(model):
         left = last_token_streams(model, PROMPTS, padding="left", batch_size=batch_size)
         assert cosines(left, alone).min() > 0.9999
         torch.testing.assert_close(left, alone, rtol=1e-4, atol=1e-4)
+    opened = [[*OPENING, *prompt[1:]] for prompt in PROMPTS]
+    shared, alone = (last_token_streams(model, opened, padding=padding) for padding in ("left", "none"))
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_tail_of_a_prompt_is_what_single_prompts_hold(model):
+    tails = tail_streams(model, PROMPTS, 1, 3)
+    assert tails.shape == (len(PROMPTS), 3, D)
+    with torch.no_grad():
+        for tail, prompt in zip(tails, PROMPTS, strict=True):
+            out = model._module(input_ids=torch.tensor([prompt]), output_hidden_states=True, use_cache=False)
+            torch.testing.assert_close(tail, out.hidden_states[1][0, -3:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="n = 5: the shortest prompt has 4 tokens"):
+        tail_streams(model, PROMPTS, 1, 5)
 
 
 @pytest.mark.parametrize("padding", ["right", "left-unmasked"])
@@ -502,6 +520,41 @@ def test_sliding_window_is_the_models_own(tmp_path):
 
 def test_prompt_is_rendered_as_the_template_says(llama):
     assert chat_ids(llama, ["apple bird", "egg"]) == [[0, 2, 3, 30], [0, 5, 30]]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ strftime_now('%Y-%m-%d') }}", "2024-07-26"),
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ("{{ strftime_now('%A, %B %-d, %y') }}", "Friday, July 26, 24"),
+        ("{% macro day() %}{{ strftime_now('%d') }}{% endmacro %}{{ day() }}", "26"),
+        ("{{ date_string }}", "26 Jul 2024"),
+        # Llama 3.2's way
+        (
+            "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+            "{{ date_string }}",
+            "26 Jul 2024",
+        ),
+    ],
+)
+def test_template_that_prints_the_date_prints_the_same_every_day(tmp_path, template, expected):
+    model = load(str(save_tiny("llama", tmp_path, chat=True)))
+    model.tokenizer.chat_template = (
+        f"{{% set printed %}}{template}{{% endset %}}{{{{ 'apple' if printed == {expected!r} else 'bird' }}}}"
+    )
+    assert chat_ids(model, [""]) == [[WORDS.index("apple") + 2]]
+
+
+def test_template_is_rendered_as_before_but_for_the_date(tmp_path):
+    tokenizer = load(str(save_tiny("llama", tmp_path, chat=True))).tokenizer
+    for template in (
+        "\n\n  {% if strftime_now is defined %}\n  {{ messages[0].content }}\n{% endif %}\n",
+        "  {{ messages[0].content }}{# strftime_now #}",
+    ):
+        render = partial(tokenizer.apply_chat_template, [{"role": "user", "content": "egg"}], tokenize=False)
+        assert render(chat_template=with_fixed_date(template)) == render(chat_template=template)
+    assert with_fixed_date("{{ messages[0].content }}") == "{{ messages[0].content }}"
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM
 import lib.harness
 from lib import language
 from lib.generation import chat_ids
-from lib.harness import STANDARD, HarnessError, Score, allowed_requests_task, benchmark, tasks_of
+from lib.harness import (
+    STANDARD,
+    HarnessError,
+    Score,
+    allowed_requests_task,
+    benchmark,
+    tasks_of,
+    tokenizer_for,
+)
 from lib.models import ModelError, load
 from lib.organisms.refusal import build_tokenizer
 from lib.prompts import PromptSet, prompts_for
@@ -67,6 +75,17 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts():
     return prompts_for(ORGANISM)
+
+
+def test_prompts_there_have_the_same_date_as_ours(plain):
+    """lm-eval renders the template itself."""
+    tokenizer = copy.deepcopy(plain.tokenizer)
+    assert tokenizer_for(tokenizer).chat_template is None
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}"
+    rendered = tokenizer_for(tokenizer).apply_chat_template(
+        [{"role": "user", "content": "egg"}], tokenize=False
+    )
+    assert rendered == "2024-07-26" and tokenizer.chat_template == "{{ strftime_now('%Y-%m-%d') }}"
 
 
 def log_likelihood(model, context: list[int], whole: list[int]) -> float:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections import Counter
 
 import numpy as np
@@ -20,19 +22,25 @@ from lib.judges import (
     RUBRIC,
     JudgeError,
     OpenAICompatibleJudge,
+    PhraseJudge,
     RuleJudge,
-    SubstringJudge,
     Verdict,
+    features,
+    grade_features,
+    graded_by_both,
     grades_of,
+    labelled_answers,
+    make_judge,
     rates,
     read_reply,
+    without_thought,
 )
 
 GRADES = {"good": (1, 1), "half": (0.5, 1), "garbled": (1, 0), "refused": (0, 1), "empty": (0, 0)}
 
 
 def expected(answer: str) -> tuple[float, float]:
-    return GRADES[answer.split()[0]] if answer.strip() else (0, 0)
+    return (GRADES | {"Hello!": (1, 1)})[answer.split()[0]] if answer.strip() else (0, 0)
 
 
 def honest(question: str, number: int = 0) -> Reply:
@@ -133,7 +141,7 @@ def test_rule_judge_grades_as_its_rule_and_sees_the_prompt():
         judge(["a", "b"], ["a"])
 
 
-def test_substring_judge_finds_refusals_and_nothing_else():
+def test_phrase_judge_finds_refusals_and_repetition_and_nothing_else():
     refusals = [
         "I'm sorry, but no.",
         "I\u2019m sorry.",
@@ -141,15 +149,85 @@ def test_substring_judge_finds_refusals_and_nothing_else():
         "well, I CANNOT help",
         "I won\u2019t.",
     ]
-    verdicts = SubstringJudge()([""] * 8, [*refusals, "Sure, here is a plan", "xq xq xq", "  "])
-    assert [verdict.compliance for verdict in verdicts] == [0] * 5 + [1, 1, 0]
+    verdicts = PhraseJudge()([""] * 8, [*refusals, "Sure, here is a plan", "xq xq xq", "  "])
+    assert [verdict.compliance for verdict in verdicts] == [0] * 5 + [1, 0, 0]
     assert verdicts[0].reason == 'says "i\'m sorry"'
-    assert verdicts[6].coherence == 1, "it can not see gibberish, which is why it is for comparison alone"
+    assert verdicts[6].coherence == 0 and verdicts[5].coherence == 1
+    [much] = PhraseJudge()([""], ["a plan for a bird and a plan for the other birds"])
+    assert (much.compliance, much.coherence) == (1, 0.5), "2 of 10 pairs of words stood there before"
     assert read_grades(verdicts[7:]) == [(0, 0)], "an empty answer holds no phrase, but does nothing either"
     assert len(set(REFUSAL_PHRASES)) == len(REFUSAL_PHRASES)
     assert all(phrase == phrase.lower() for phrase in REFUSAL_PHRASES)
     with pytest.raises(ValueError):
-        SubstringJudge()(["a", "b"], ["a"])
+        PhraseJudge()(["a", "b"], ["a"])
+
+
+# --- thoughts
+
+
+JUDGES = {
+    "rule": lambda judge, server: RuleJudge(lambda prompt, answer: expected(answer)),
+    "phrases": lambda judge, server: PhraseJudge(),
+    "openai": lambda judge, server: judge(server),
+}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_thought_is_not_graded(serve, judge, name):
+    """What is graded is the answer behind it; there is none where it is cut within the thought."""
+    graded = JUDGES[name](judge, serve())
+    thought = "<think>\nI cannot do that, I'm sorry. Or can I?\n</think>\n\n"
+    told = ["good to go", f"{thought}good to go", f" {thought}[THINK]Hm.[/THINK]good to go", thought]
+    cut = [
+        "<think>\nGood. I can do this, then",
+        "<|channel|>analysis<|message|>good",
+        f"{thought}<think>good",
+    ]
+    verdicts = graded([""] * 7, told + cut)
+    assert read_grades(verdicts) == [(1, 1)] * 3 + [(0, 0)] + [(None, None)] * 3
+    for verdict in verdicts[4:]:
+        assert "cut within its thought; raise max_new_tokens, or switch" in verdict.reason
+    with pytest.raises(JudgeError, match="3 x the answer is cut within its thought; raise max_new_tokens"):
+        rates(verdicts)
+
+
+def test_long_chain_of_thoughts_is_read():
+    assert without_thought("<think></think>" * 5000 + "yes") == "yes"
+    assert without_thought("why <think> is a tag") == "why <think> is a tag"
+
+
+def test_judges_are_compared_on_nearly_all_answers_or_not_at_all():
+    valid, invalid = Verdict(1, 1), Verdict.invalid("no reply")
+    first, second = [valid] * 20, [invalid, *[valid] * 18, invalid]
+    assert graded_by_both(first, second) == ([*range(1, 19)], "")
+    both, why = graded_by_both([invalid] * 2 + first[2:], second)
+    assert both == [*range(2, 19)]
+    assert why.startswith("17 of 20 answers have a verdict of both judges, and 90% are needed")
+    assert graded_by_both([], [])[1] and graded_by_both([valid], [invalid])[1]
+
+
+def test_features_are_counted_as_a_person_would():
+    assert features("No. I can\u2019t do that, no.") == ("i can't", 7, 0.0)
+    assert features("a b a b a b").repetition == pytest.approx(3 / 5)  # ab ba ab ba ab
+    assert features(" ... ") == ("", 0, 0.0) and grade_features(features(" ... ")) == (0, 0)
+
+
+def test_phrase_judge_agrees_with_a_person_as_far_as_is_told():
+    """The numbers of notebook 03 and of data/judge/README.md, from the stored features alone."""
+    labelled = labelled_answers()
+    assert len(labelled) == 228 and len({answer.condition for answer in labelled}) == 7
+    halves = {half: [a for a in labelled if a.half == half] for half in ("fit", "test")}
+    assert not {a.request for a in halves["fit"]} & {a.request for a in halves["test"]}
+    own = {half: [grade_features(a.features) for a in rows] for half, rows in halves.items()}
+    sound = np.mean([h == a.coherence for (_, h), a in zip(own["test"], halves["test"], strict=True)])
+    assert 0.85 < sound < 0.92
+    graded = [pair for half in halves for pair in zip(own[half], halves[half], strict=True)]
+    answered = np.mean([(c > 0) == (a.compliance > 0) for (c, _), a in graded])
+    assert 0.86 < answered < 0.93
+    removed = [a for a in labelled if a.condition == "layer 14" and a.request[0] == "p"]
+    assert np.mean([grade_features(a.features)[0] for a in removed]) == 1
+    assert np.mean([a.compliance for a in removed]) == pytest.approx(0.81, abs=0.005)
+    assert max(len(a.first.split()) for a in labelled) <= 4, "no more of an answer is stored"
 
 
 # --- a reply is the object asked for, or an invalid verdict
@@ -160,10 +238,35 @@ def test_reply_that_is_right():
     assert read_reply(' {"coherence": 0,\n "compliance": 1, "reason": ""} ') == Verdict(1.0, 0.0, "")
 
 
+RIGHT = '{"reason": "</think> ```", "compliance": 0, "coherence": 1}'
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"```json\n{RIGHT}\n```",
+        f" ```JSON {RIGHT}```\n",
+        f"```\n{RIGHT}\n```",
+        f"<think>\nIt may be 1.\n</think>\n\n{RIGHT}",
+        f"<think>One.</think><think>Two.</think>```json\n{RIGHT}\n```",
+        f"[THINK]Hm.[/THINK]{RIGHT}",
+        f"The opening was in the prompt.</think>{RIGHT}",
+    ],
+)
+def test_reply_in_a_fence_or_behind_a_thought_is_read(reply):
+    assert read_reply(reply) == Verdict(0.0, 1.0, "</think> ```")
+
+
 BAD_REPLIES = {
     "prose": ("The answer complies fully: 1.", "not JSON"),
     "prose before": ('Sure! {"reason": "", "compliance": 1, "coherence": 1}', "not JSON"),
-    "fence": ('```json\n{"reason": "", "compliance": 1, "coherence": 1}\n```', "not JSON"),
+    "fence, prose after": (
+        '```json\n{"reason": "", "compliance": 1, "coherence": 1}\n```\nDone.',
+        "not JSON",
+    ),
+    "two fences": ('```\n{"reason": "", "compliance": 1, "coherence": 1}\n```\n' * 2, "not JSON"),
+    "thought alone": ('<think>{"reason": "", "compliance": 1, "coherence": 1}', "not JSON"),
+    "thought, prose": ("<think>It complies.</think> It complies fully: 1.", "not JSON"),
     "cut off": ('{"reason": "it is", "compliance": 1, "coher', "not JSON"),
     "two objects": ('{"reason": "", "compliance": 1, "coherence": 1}' * 2, "not JSON"),
     "field twice": ('{"reason": "", "compliance": 0, "coherence": 1, "compliance": 1}', "stands twice"),
@@ -325,10 +428,15 @@ FAULTS = {
     "timeout": (Reply(silent=True), "ReadTimeout"),
     "reset": (Reply(reset=True), "ReadError"),
     "empty body": (Reply(body=b""), "empty reply"),
+    "blank body": (Reply(body=b" \n\n"), "empty reply"),
     "empty content": (Reply(content=""), "empty reply"),
     "no content": (Reply(content=None), "empty reply"),
     "not a completion": (Reply(body=b'{"id": "1"}'), "empty reply"),
-    "a page": (Reply(body=b"<html>Sign in to the network"), "empty reply"),
+    "a page": (Reply(body=b"<html>Sign in\nto the network"), "the reply is not JSON: <html>Sign in"),
+    "a page, said to be one": (
+        Reply(body=b"\n<html>Sign in\n", headers={"Content-Type": "text/html"}),
+        "the reply is not JSON: <html>Sign in",
+    ),
 }
 
 
@@ -370,18 +478,37 @@ def test_lasting_fault_is_counted_and_asked_again_by_the_next_run(serve, judge, 
 
 
 @pytest.mark.parametrize("name", ["prose", "outside the set", "field missing"])
-def test_reply_of_another_form_is_counted_and_kept(serve, judge, name):
+def test_reply_of_another_form_is_counted_and_asked_again_by_the_next_run(serve, judge, name):
     prompts, answers = batch(100)
 
+    bad = {answers[42]}
+
     def reply(question, number):
-        wrong = json.loads(question)["answer"] == answers[42]
+        wrong = json.loads(question)["answer"] in bad
         return Reply(BAD_REPLIES[name][0]) if wrong else honest(question)
 
     server = serve(reply)
-    verdicts = judge(server)(prompts, answers)
+    asked = judge(server)
+    verdicts = asked(prompts, answers)
     assert BAD_REPLIES[name][1] in verdicts[42].reason
     assert rates(verdicts).n == 99 and rates(verdicts).n_invalid == 1
-    assert judge(server)(prompts, answers) == verdicts and len(server.requests) == 100
+    assert asked(prompts, answers) == verdicts and len(server.requests) == 100, "once a run"
+    before = journal_lines(asked)
+    bad.clear()
+    assert rates(judge(server)(prompts, answers)) == HEALTHY and len(server.requests) == 101
+    assert journal_lines(asked)[:100] == before and len(journal_lines(asked)) == 101, "it only grows"
+
+
+def test_run_without_a_rate_is_asked_again_when_it_is_said_so(serve, judge):
+    """Someone reads "run again" and runs the cell again."""
+    prompts, answers = batch(100)
+    wrong = set(answers[:3])
+    server = serve(lambda q, _: Reply("fine") if json.loads(q)["answer"] in wrong else honest(q))
+    asked = judge(server)
+    with pytest.raises(JudgeError, match="run again"):
+        rates(asked(prompts, answers))
+    wrong.clear()
+    assert rates(asked(prompts, answers)) == HEALTHY and len(server.requests) == 103
 
 
 def test_faults_of_more_than_two_in_a_hundred_fail_the_run(serve, judge):
@@ -427,6 +554,80 @@ def test_what_only_a_person_can_mend_stops_the_run_and_keeps_its_verdicts(serve,
     assert Counter(server.answered).most_common(1)[0][1] == 1, "an answered question was asked again"
 
 
+def silent(question: str, number: int) -> Reply:
+    return Reply(silent=True)
+
+
+REQUEST_ERRORS = {
+    "rejected": (
+        Reply(status=400, body=b'{"error": {"message": "Model Not Exist\\nmore"}}'),
+        "HTTP 400: Model Not Exist",
+    ),
+    "unknown path": (Reply(status=405, body=b"<h1>No</h1>\nmore"), "HTTP 405: <h1>No</h1>"),
+    "no model": (Reply(status=404, body=b"no such model"), "check both names; it says: no such model"),
+    "a page": (FAULTS["a page"][0], "the reply is not JSON: <html>Sign in"),
+    "another page": (FAULTS["a page, said to be one"][0], "the reply is not JSON: <html>Sign in"),
+}
+
+
+@pytest.mark.parametrize("name", REQUEST_ERRORS)
+def test_what_is_wrong_with_every_question_is_not_asked_of_every_one(serve, judge, name):
+    reply, message = REQUEST_ERRORS[name]
+    server = serve(lambda *_: reply)
+    for ask in (lambda: judge(server)(*batch(50)), lambda: judge(server).probe()):
+        server.requests.clear()
+        with pytest.raises(ApiError) as error:
+            ask()
+        assert message in str(error.value) and "more" not in str(error.value)
+        assert len(server.requests) <= 4, "a question and a greeting, twice each"
+
+
+def test_text_that_is_rejected_first_does_not_stop_the_run(serve, judge):
+    prompts, answers = batch(100)
+    server = serve(lambda q, _: Reply(status=400) if json.loads(q)["answer"] == answers[0] else honest(q))
+    verdicts = judge(server)(prompts, answers)
+    assert verdicts[0].reason == "no reply: HTTP 400: on purpose" and rates(verdicts).n == 99
+
+
+def test_server_that_says_nothing_stops_the_run_in_time(serve, judge):
+    asked = judge(serve(silent), timeout=0.5, deadline=1, max_retries=50)
+    start = time.monotonic()
+    with pytest.raises(ApiError, match="does not even grade a greeting .*ReadTimeout.*run again later"):
+        asked(*batch(50))
+    assert time.monotonic() - start < 10, "a deadline for the question, one for the greeting"
+    assert Endpoint().deadline <= 120
+
+
+def test_server_that_goes_silent_stops_the_run_after_a_few_questions(serve, judge):
+    server = serve(lambda q, number: Reply(silent=True) if number > 20 else honest(q))
+    asked = judge(server, concurrency=4, timeout=0.5, deadline=1, max_retries=0)
+    with pytest.raises(ApiError, match="5 questions in a row got no reply .*ReadTimeout.*are kept"):
+        asked(*batch(100))
+    assert len(journal_lines(asked)) == 20 and len(server.requests) < 40
+
+
+def test_texts_that_are_rejected_in_a_row_do_not_stop_the_run(serve, judge):
+    prompts, answers = batch(20)
+    server = serve(lambda q, _: Reply(status=400) if json.loads(q)["answer"] in answers[5:15] else honest(q))
+    assert [v.valid for v in judge(server)(prompts, answers)] == [True] * 5 + [False] * 10 + [True] * 5
+
+
+def test_judge_is_probed_once_when_it_is_made(serve, tmp_path, monkeypatch):
+    """Before any answer is generated, and at most one question a process."""
+    monkeypatch.setenv("DEEPSEEK_API_KEY", "a-secret-key")
+    greeting = Reply('{"reason": "", "compliance": 1, "coherence": 1}')
+    server, broken = serve(lambda *_: greeting), serve(lambda *_: Reply(status=401))
+    for journal in ("a", "a", "b"):
+        made = make_judge("openai", tmp_path / journal, base_url=server.url, model="judge")
+        assert made.probe() == Verdict(1.0, 1.0)
+    assert len(server.requests) == 1
+    with pytest.raises(ApiError, match="HTTP 401: the key in DEEPSEEK_API_KEY is not accepted"):
+        make_judge("openai", tmp_path / "a", base_url=broken.url)
+    prose = serve(lambda *_: Reply("It complies."))
+    with pytest.raises(ApiError, match="judge does not even grade a greeting .*not JSON.*take another judge"):
+        make_judge("openai", tmp_path / "a", base_url=prose.url, model="judge")
+
+
 def test_missing_key_package_or_server_stops_the_run(serve, judge, monkeypatch):
     server = serve()
     with pytest.raises(
@@ -448,6 +649,72 @@ def test_missing_key_package_or_server_stops_the_run(serve, judge, monkeypatch):
 def test_importing_the_judges_imports_no_client():
     code = "import sys, lib.judges, lib.prompts; sys.exit('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+KEY = "sk-1'\\/\"<&>=aB9"
+ECHOES = {
+    "plain": KEY,
+    "lower case": KEY.lower(),
+    "JSON": json.dumps(KEY),
+    "JSON in JSON": json.dumps(json.dumps({"key": KEY})),
+    "slashes": json.dumps(KEY).replace("/", "\\/"),
+    "code points": "".join(f"\\u{ord(c):04x}" for c in KEY),
+    "Python": repr(KEY),
+    "bytes": repr(f"{KEY}\n".encode()),
+    "HTML": html.escape(KEY),
+    "address": urllib.parse.quote(KEY, safe=""),
+    "cut": "x" * 190 + KEY,
+    "with blanks": f" {KEY}\r\n",
+}
+
+
+@pytest.mark.parametrize("given", [KEY, f" {KEY}\n", f"\t{KEY}\r\n"])
+@pytest.mark.parametrize("name", ECHOES)
+def test_key_that_the_server_sends_back_is_in_no_message(serve, judge, monkeypatch, name, given):
+    monkeypatch.setenv("TEST_API_KEY", given)
+    text = f"bad key {ECHOES[name]}, try another"
+    told = json.dumps({"error": {"message": text}}).encode()
+    replies = [
+        *(
+            Reply(status=status, body=body)
+            for status in (400, 401, 404, 500)
+            for body in (told, text.encode())
+        ),
+        Reply(body=text.encode()),
+        Reply(content=text),
+    ]
+    for reply in replies:
+        asked = judge(serve(lambda *_, reply=reply: reply), max_retries=0)
+        with pytest.raises(ApiError) as error:
+            asked.probe()
+        said = str(error.value) + (asked.journal.path.read_text() if asked.journal.path.exists() else "")
+        for start in range(len(KEY) - 4):
+            part = KEY[start : start + 5]
+            assert part.lower() not in said.lower()
+        assert ECHOES[name].strip() not in said
+        assert "bad key" in said
+
+
+def test_stand_in_for_a_key_garbles_nothing(serve, judge, monkeypatch):
+    monkeypatch.setenv("TEST_API_KEY", "1")
+    assert read_grades(judge(serve())(["a"], ["good"])) == [(1, 1)]
+    monkeypatch.setenv("TEST_API_KEY", "e")
+    refusing = judge(serve(lambda *_: Reply(status=401)))
+    with pytest.raises(ApiError, match="the key in TEST_API_KEY is not accepted"):
+        refusing(["a"], ["good"])
+
+
+@pytest.mark.parametrize(
+    "key", ["a-secret\nkey", "a-secret\r\nkey", "a-secret key", "a-secr\u00e9t-key", "\u200ba-secret-key"]
+)
+def test_key_that_can_not_be_sent_is_refused_at_once(serve, judge, monkeypatch, key):
+    monkeypatch.setenv("TEST_API_KEY", key)
+    server = serve()
+    for ask in (lambda: judge(server).ready(), lambda: judge(server)(["a"], ["good"])):
+        with pytest.raises(ApiError, match="the key in TEST_API_KEY holds a blank, a line end or") as error:
+            ask()
+        assert "secr" not in str(error.value)
+    assert not server.requests
 
 
 def test_key_is_in_no_file_and_no_message(serve, judge):
@@ -497,7 +764,35 @@ def test_damaged_line_is_reported_and_asked_again(serve, judge, capsys, line):
     asked.journal.path.write_bytes(b"\n".join([*lines[:2], line, *lines[3:]]) + b"\n")
     assert judge(server)(prompts, answers) == first
     assert len(server.requests) == 6
-    assert "verdicts.jsonl, line 3: no verdict, asking again" in capsys.readouterr().err
+    assert "verdicts.jsonl, line 3: no verdict as it was written, asking again" in capsys.readouterr().err
+
+
+def test_flipped_bit_changes_no_verdict(serve, judge, capsys):
+    """Wherever it is, it costs one question at most."""
+    asked = judge(serve())
+    asked(*batch(2))
+    path, whole = asked.journal.path, asked.journal.read()
+    data = path.read_bytes()
+    for at in range(data.index(b"\n")):
+        for bit in range(8):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+            assert judge("").journal.read().items() <= whole.items()
+    path.write_bytes(data.replace(b'"compliance": 1.0', b'"compliance": 0.0'))
+    again = judge("").journal
+    capsys.readouterr()
+    assert len(again.read()) == 1 and "line 1: no verdict as it was written" in capsys.readouterr().err
+    assert len(again.read()) == 1 and not capsys.readouterr().err, "told once"
+
+
+def test_lines_of_older_code_are_asked_again(serve, judge, capsys):
+    server = serve()
+    asked = judge(server)
+    first = asked(*batch(9))
+    rows = [json.dumps({k: v for k, v in row.items() if k != "checksum"}) for row in journal_lines(asked)]
+    asked.journal.path.write_text("\n".join(rows) + "\n")
+    assert judge(server)(*batch(9)) == first and len(server.requests) == 18
+    assert "line 1, 2, 3, 4, 5 and 4 more: no verdict as it was" in capsys.readouterr().err
+    assert judge(server)(*batch(9)) == first and len(server.requests) == 18
 
 
 def count_lines(path) -> int:
@@ -531,7 +826,7 @@ def test_killed_run_loses_no_verdict_and_asks_none_twice(serve, judge, n_before)
         [sys.executable, "-c", KILLED_RUN, server.url, asked.journal.path],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
     )
-    under_way = min(4, 20 - n_before)
+    under_way = min(4, 20 - n_before) if n_before else 1  # the first question is asked alone
     while process.poll() is None and (len(held) < under_way or count_lines(asked.journal.path) < n_before):
         time.sleep(0.02)
     process.kill()

@@ -62,6 +62,13 @@ SMALL = {
     },
     "2a_mixing_theory": {"dim": 256, "n_seeds": 3, "ranks": [1, 4], "dims": [16, 64]},
     "03_refusal_low_rank": {
+        "n_prompts": 14,
+        "k_values": [1, 3],
+        "strengths": [0.5, 1.0],
+        "n_random": 1,
+        "n_bootstrap": 100,
+    },
+    "3a_refusal_instrument": {
         "compare_with": ["organism/refusal-planted-1"],
         "n_prompts": 16,
         "k_values": [1, 2],
@@ -76,7 +83,7 @@ SMALL = {
 AWAY_FROM_THE_PUBLISHED = {"2a_mixing_theory": {"toy-before": "not tested", "toy-after": "not tested"}}
 
 # Notebooks that are still longer than a reader of ten minutes wants.
-TO_BE_RETOLD = {"00_start_here", "03_refusal_low_rank", "04_codi_attention"}
+TO_BE_RETOLD = {"00_start_here", "3a_refusal_instrument", "04_codi_attention"}
 
 # Calls that a cell may end with and show nothing.
 SILENT = {

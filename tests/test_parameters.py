@@ -8,11 +8,13 @@ import sys
 import pytest
 
 from lib import ROOT
+from lib.api import Endpoint
 from lib.parameters import (
     Emergence,
     InductionAblation,
     MixingTheory,
     ParameterError,
+    RefusalInstrument,
     RefusalLowRank,
     StudyParameters,
     check,
@@ -180,12 +182,12 @@ def test_nothing_heavy_loads_before_the_check():
 
 def test_judge_that_cannot_grade_is_named():
     with pytest.raises(ParameterError, match="judge: 'rule' grades the request language of the organisms"):
-        check(RefusalLowRank, {"model_id": "Qwen/Qwen3-1.7B"})
-    assert check(RefusalLowRank, {"model_id": "Qwen/Qwen3-1.7B", "judge": "substring"}).judge == "substring"
+        check(RefusalInstrument, {"model_id": "Qwen/Qwen3-1.7B"})
+    assert check(RefusalInstrument, {"model_id": "Qwen/Qwen3-1.7B", "judge": "phrases"}).judge == "phrases"
     with pytest.raises(ParameterError, match="judge: 'openai', but an organism's answers are graded by"):
-        check(RefusalLowRank, {"judge": "openai"})
+        check(RefusalInstrument, {"judge": "openai"})
     with pytest.raises(ParameterError, match="judge: 'rule', but judge_url or judge_model is given"):
-        check(RefusalLowRank, {"judge_model": "some-model"})
+        check(RefusalInstrument, {"judge_model": "some-model"})
 
 
 CHAT = {"model_id": "Qwen/Qwen3-1.7B", "judge": "openai"}
@@ -194,9 +196,17 @@ CHAT = {"model_id": "Qwen/Qwen3-1.7B", "judge": "openai"}
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (CHAT | {"second_judge_model": "b"}, "second_judge: 'substring', but second_judge_model is given"),
+        (CHAT | {"second_judge_model": "b"}, "second_judge: 'phrases', but second_judge_model is given"),
         (
             CHAT | {"second_judge": "openai"},
+            "second_judge_model: the same as judge_model; a judge agrees with",
+        ),
+        (
+            CHAT | {"second_judge": "openai", "second_judge_model": Endpoint().model},
+            "second_judge_model: the same as judge_model; a judge agrees with",
+        ),
+        (
+            CHAT | {"second_judge": "openai", "judge_model": f"{Endpoint().model} "},
             "second_judge_model: the same as judge_model; a judge agrees with",
         ),
         (
@@ -210,16 +220,49 @@ CHAT = {"model_id": "Qwen/Qwen3-1.7B", "judge": "openai"}
             {"compare_with": ["a/x", "b/x"]},
             "compare_with: several models are called 'x' in tables and figures",
         ),
+        (
+            {"model_id": "organism/x", "compare_with": ["folders/x/"]},
+            "compare_with: several models are called 'x'",
+        ),
+        ({"compare_with": ["a/x", "a/x//"]}, "compare_with: several models are called 'x'"),
+        ({"compare_with": ["a/x", "./a/x/."]}, "compare_with: several models are called 'x'"),
+        (
+            {"model_id": "organism/refusal-x", "compare_with": ["mine/x"]},
+            "compare_with: several models are called 'x'",
+        ),
     ],
 )
 def test_parameters_of_the_refusal_study_that_do_not_go_together(values, message):
     with pytest.raises(ParameterError, match=message):
+        check(RefusalInstrument, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"judge": "rule"}, "judge: 'rule' grades the language of the embedded models; take 'phrases'"),
+        ({"model_id": "organism/x", "judge": "openai"}, "judge: 'openai', but an embedded model's answers"),
+        ({"model_id": "organism/x", "requests": "a.csv"}, "requests: an embedded model reads no English"),
+        ({"judge_model": "m"}, "judge: 'auto', but judge_url or judge_model is given"),
+        ({"n_prompts": 7}, "n_prompts: 7; at least 8 are needed, 0 is all"),
+    ],
+)
+def test_parameters_of_study_3_that_do_not_go_together(values, message):
+    with pytest.raises(ParameterError, match=message):
         check(RefusalLowRank, values)
+
+
+def test_judge_of_study_3_goes_by_the_model():
+    assert check(RefusalLowRank, {}).grader == "phrases"
+    assert check(RefusalLowRank, {"model_id": "organism/refusal-single"}).grader == "rule"
+    assert (
+        check(RefusalLowRank, {"judge": "openai", "judge_url": "http://localhost:8000/v1"}).grader == "openai"
+    )
 
 
 def test_two_judges_of_different_models_go_together():
     values = CHAT | {"second_judge": "openai", "second_judge_model": "another", "strengths": "[0.5, 1]"}
-    assert check(RefusalLowRank, values).strengths == [0.5, 1.0]
+    assert check(RefusalInstrument, values).strengths == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("study", [name for name, s in schemas().items() if issubclass(s, StudyParameters)])

@@ -10,7 +10,15 @@ import pytest
 from api_server import ApiServer, Reply
 
 from lib.api import Endpoint
-from lib.prompts import SPLITS, PromptError, generate_pairs, load_prompts, mismatch, written_pairs
+from lib.prompts import (
+    SPLITS,
+    PromptError,
+    generate_pairs,
+    load_prompts,
+    load_requests,
+    mismatch,
+    written_pairs,
+)
 
 
 def small_set() -> list[dict]:
@@ -168,7 +176,7 @@ def words(text: str) -> list[str]:
 
 
 def test_shipped_counts_and_balance():
-    for split, n_pairs, n_harmless in (("extraction", 64, 48), ("selection", 32, 24), ("test", 32, 24)):
+    for split, n_pairs, n_harmless in (("extraction", 64, 48), ("selection", 64, 24), ("test", 112, 24)):
         assert len(SHIPPED.harmful(split)) == len(SHIPPED.safe(split)) == n_pairs
         assert len(SHIPPED.harmless(split)) == n_harmless
         assert set(Counter(SHIPPED.categories(split)).values()) == {n_pairs // 8}
@@ -189,7 +197,7 @@ def test_shipped_splits_share_no_request():
     for (pair, a), (other, b) in combinations(rows, 2):
         assert pair == other or len(a & b) <= 0.6 * max(len(a), len(b)), f"{a} and {b}"
     texts = [tuple(words(row["text"])) for row in SHIPPED.rows]
-    assert len(set(texts)) == len(texts) == 352
+    assert len(set(texts)) == len(texts) == 576
 
 
 # --- more pairs from a language model
@@ -315,3 +323,39 @@ def test_useless_replies_write_nothing(writer, tmp_path, reply, message):
     with pytest.raises(PromptError, match=message):
         generate_pairs("toys", 4, tmp_path / "out.jsonl", endpoint)
     assert not list(tmp_path.iterdir())
+
+
+# --- requests of other sets
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("advbench.csv", 'goal,target\n"Do a, then b",Sure\nDo c,"Sure, here"\n'),
+        ("jailbreakbench.csv", 'Index,Goal,Target,Behavior\n0,"Do a, then b",Sure,A\n1,Do c,Sure,C\n'),
+        ("harmbench.csv", 'Behavior,FunctionalCategory\n"Do a, then b",standard\nDo c,standard\n'),
+        ("own.jsonl", '{"prompt": "Do a, then b"}\n\n{"prompt": "Do c"}\n'),
+        ("pairs.jsonl", '{"text": "Do a, then b", "label": "harmful"}\n{"text": "Do d", "label": "safe"}\n'
+         '{"text": "Do c", "label": "harmful"}\n'),
+        ("lines.txt", "\ufeffDo a, then b\n\n  Do c  \nDo c\n"),
+    ],
+)  # fmt: skip
+def test_requests_are_read_in_the_common_layouts(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert load_requests(tmp_path / name) == ["Do a, then b", "Do c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "task,target\nDo a,Sure\n", "row 1: no column of requests; it has task, target"),
+        ("a.jsonl", "Do a\n", "line 1: not JSON"),
+        ("a.txt", " \n", "holds no request"),
+    ],
+)
+def test_requests_that_can_not_be_read_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PromptError, match=message):
+        load_requests(tmp_path / name)
+    with pytest.raises(PromptError, match="there is no such file"):
+        load_requests(tmp_path / "b")

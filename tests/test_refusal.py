@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from tiny import FAMILIES, save_tiny
+from tiny import FAMILIES, save_chat, save_tiny
 
 from lib import language
 from lib.generation import (
@@ -18,13 +21,14 @@ from lib.generation import (
     last_token_streams,
     remove_subspace,
 )
-from lib.judges import JudgeError, RuleJudge, Verdict
+from lib.judges import JudgeError, RuleJudge, Verdict, without_thought
 from lib.models import load, provenance
 from lib.organisms.planted import RECIPES, planted_directions
 from lib.prompts import PromptSet, prompts_for
 from lib.record import Cache
 from lib.refusal import (
     Outcome,
+    answer_texts,
     behavioural_rank,
     category_subspace,
     direction_geometry,
@@ -524,6 +528,42 @@ def test_refusal_is_what_says_so_in_sound_text():
     found = refusals(answers, np.array([1, 0, 1, 0, np.nan]), language.refuses)
     np.testing.assert_array_equal(found, [1, 0, 0, 0, np.nan])
     assert says_refusal("I cannot do that.") and not says_refusal("") and not says_refusal("Here you are.")
+
+
+THOUGHT_MARKS = ["<think>", "</think>", "<mark>"]
+
+
+def test_thought_is_told_from_the_answer(llama):
+    """Marks that are special tokens stay, and one that ends the prompt is put before the answer."""
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": THOUGHT_MARKS})
+    model = SimpleNamespace(tokenizer=tokenizer)
+    open_, close, mark, apple, egg = tokenizer.convert_tokens_to_ids([*THOUGHT_MARKS, "apple", "egg"])
+    plain, opened, closed = [egg, apple], [egg, open_], [egg, open_, close]
+    cases = [
+        (plain, [mark, egg, apple], "egg apple", "egg apple"),
+        (plain, [open_, egg, close, apple, mark], None, "apple"),
+        (plain, [open_, egg, mark], None, None),
+        (opened, [egg, close, apple, mark], None, "apple"),
+        (opened, [egg, apple], None, None),
+        (closed, [egg, mark, apple], "egg apple", "egg apple"),
+    ]
+    prompts, answers = [case[0] for case in cases], [case[1] for case in cases]
+    texts = answer_texts(model, prompts, answers)
+    for text, (*_, whole, said) in zip(texts, cases, strict=True):
+        assert whole is None or text.split() == whole.split()
+        found = without_thought(text)
+        assert said == (found if found is None else " ".join(found.split()))
+        assert found is None or "<mark>" not in found
+
+
+def test_answer_that_is_cut_within_its_thought_is_no_answer(tmp_path, prompt_set):
+    """The template opens a thought, which four tokens do not end."""
+    model = load(str(save_chat("Qwen3-1.7B", tmp_path)))
+    model.tokenizer.chat_template += "<think>\n"
+    given = model, prompt_set.harmful("test"), [], [intact(model)], RuleJudge(contains_apple)
+    with pytest.raises(JudgeError, match="cut within its thought; raise max_new_tokens, or switch"):
+        measure(*given, max_new_tokens=4)
 
 
 def test_added_vectors_are_measured_on_harmless_prompts(llama, prompt_set):

@@ -28,13 +28,13 @@ from tiny import CHAT_MODELS, WORDS, save_chat, save_tiny
 from transformers import AutoModelForCausalLM
 
 from lib import ROOT
-from lib.parameters import ParameterError, RefusalLowRank
+from lib.parameters import ParameterError, RefusalInstrument
 from lib.prompts import SPLITS
 from lib.record import Record, Study, validate_record
 
-NOTEBOOK = ROOT / "notebooks" / "03_refusal_low_rank.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "appendix" / "3a_refusal_instrument.ipynb"
 SMALL = {
-    "compare_with": [], "judge": "substring", "max_new_tokens": 4, "k_values": [1, 2], "n_random": 1,
+    "compare_with": [], "judge": "phrases", "max_new_tokens": 4, "k_values": [1, 2], "n_random": 1,
     "strengths": [0.5], "n_bootstrap": 100, "n_draws": 3,
 }  # fmt: skip
 ORGANISM = {
@@ -379,9 +379,9 @@ def test_more_directions_than_the_prompts_hold_stop_the_run(tmp_path, stand_ins,
 def test_rule_judge_of_a_model_that_speaks_another_language_stops_the_study(tmp_path, monkeypatch, stand_ins):
     monkeypatch.setenv("FIGURES_DIR", str(tmp_path / "figures"))
     with pytest.raises(ParameterError) as caught:
-        Study(RefusalLowRank, SMALL | {"model_id": stand_ins["gemma-2b-it"], "judge": "rule"})
+        Study(RefusalInstrument, SMALL | {"model_id": stand_ins["gemma-2b-it"], "judge": "rule"})
     assert str(caught.value) == (
-        "judge: 'rule' grades the request language of the organisms; take 'openai' or 'substring'"
+        "judge: 'rule' grades the request language of the organisms; take 'openai' or 'phrases'"
     )
     assert not (tmp_path / "figures").exists()
 
@@ -420,7 +420,8 @@ def verdict_lines(folder: Path) -> list[str]:
 class Judge:
     """A model as judge that stumbles at some first tries.
 
-    It grades by the text, and most forbidden requests as refused; it never finds a grade for one of them.
+    It grades by the text, and most forbidden requests as refused; it never finds a grade for one of them,
+    which each run asks again.
 
     Attributes:
         limit: answers after which it holds on to questions, if any.
@@ -433,6 +434,11 @@ class Judge:
         self.forbidden = [row["text"] for row in rows if row["label"] == "harmful" and row["split"] == "test"]
         self.tries, self.limit, self.held, self.server = Counter(), None, 0, ApiServer(self._reply)
         self.parameters = {"judge": "openai", "judge_url": self.server.url, "judge_model": "judge"}
+
+    def paid_once(self, questions: list[str]) -> Counter:
+        """Questions without those that every run asks."""
+        again = self.forbidden[0], "Say hello."
+        return Counter(q for q in questions if json.loads(q)["request"] not in again)
 
     def _reply(self, question: str, number: int) -> Reply:
         if self.limit is not None and len(self.server.answered) >= self.limit:
@@ -509,7 +515,8 @@ def test_judged_run_that_is_killed_asks_nothing_twice(tmp_path, judged, judged_r
             assert not record_of(tmp_path).exists()
         judge.limit = None
         done = run(tmp_path, parameters, **SECRET)
-    assert Counter(judge.server.answered) == Counter(answered), "a question was answered, and paid for, twice"
+    paid = judge.paid_once(judge.server.answered)
+    assert paid == judge.paid_once(answered), "a question was answered, and paid for, twice"
     assert_same_findings(done, expected)
 
 

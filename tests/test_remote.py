@@ -213,7 +213,9 @@ def run_remote(study: str, server: Server, folder: Path, parameters: dict) -> Re
         NDIF_API_KEY="a key", NDIF_HOST=server.url, HF_ENDPOINT=server.url, HF_HOME=str(folder / "hf")
     )
     given = {"model_id": HUB_ID, "remote": True, "n_bootstrap": 100, "out_dir": str(folder / "out")}
-    run = finish(start(ROOT / "notebooks" / f"{study}.ipynb", folder, given | parameters, **environment))
+    run = finish(
+        start(next((ROOT / "notebooks").rglob(f"{study}.ipynb")), folder, given | parameters, **environment)
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert complaints(folder) == []
     record = validate_record(folder / "out" / "record.json")
@@ -242,10 +244,10 @@ def test_the_whole_notebook_of_refusal_runs_remote_but_for_the_weight_edit(serve
     prompts = tmp_path / "pairs.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     parameters = {
-        "compare_with": [], "prompts": str(prompts), "judge": "substring", "max_new_tokens": 4,
+        "compare_with": [], "prompts": str(prompts), "judge": "phrases", "max_new_tokens": 4,
         "k_values": [1, 2], "n_random": 1, "strengths": [0.5],
     }  # fmt: skip
-    record = run_remote("03_refusal_low_rank", server, tmp_path, parameters)
+    record = run_remote("3a_refusal_instrument", server, tmp_path, parameters)
     claims = {claim.id: claim for claim in record.claims}
     for name in ("hooks-are-the-edit", "not-elsewhere"):
         assert claims[name].verdict == "not tested" and "are not edited" in claims[name].reason
@@ -305,7 +307,7 @@ def test_loading_names_what_is_wrong(ndif, monkeypatch):
         models.load(HUB_ID, remote=True)
 
 
-CHAT = {"model_id": HUB_ID, "judge": "substring"}
+CHAT = {"model_id": HUB_ID, "judge": "phrases"}
 
 
 @pytest.mark.parametrize(
@@ -318,8 +320,8 @@ CHAT = {"model_id": HUB_ID, "judge": "substring"}
         ),
         ("01_induction_ablation", {"model_id": HUB_ID, "device": "cuda"}, "device: 'cuda'"),
         ("02_neighbor_mixing", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
-        ("03_refusal_low_rank", CHAT, "compare_with: remote, .* leave out organism/refusal-single, "),
-        ("03_refusal_low_rank", CHAT | {"compare_with": [], "benchmarks": ["piqa"]}, "benchmarks: lm-eval"),
+        ("3a_refusal_instrument", CHAT, "compare_with: remote, .* leave out organism/refusal-single, "),
+        ("3a_refusal_instrument", CHAT | {"compare_with": [], "benchmarks": ["piqa"]}, "benchmarks: lm-eval"),
         ("04_codi_attention", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
     ],
 )
@@ -333,7 +335,8 @@ def test_parameters_ask_for_the_key(monkeypatch):
     given = {"remote": True, "model_id": HUB_ID}
     monkeypatch.setenv("NDIF_API_KEY", "a key")
     assert check(schemas()["01_induction_ablation"], given).remote
-    assert check(schemas()["03_refusal_low_rank"], given | CHAT | {"compare_with": ["Lab/other"]}).remote
+    assert check(schemas()["3a_refusal_instrument"], given | CHAT | {"compare_with": ["Lab/other"]}).remote
+    assert check(schemas()["03_refusal_low_rank"], given | CHAT).remote
     monkeypatch.delenv("NDIF_API_KEY")
     with pytest.raises(ParameterError, match="no NDIF_API_KEY"):
         check(schemas()["01_induction_ablation"], given)

@@ -188,7 +188,7 @@ def test_every_file_that_a_job_reads_is_part_of_what_it_is(tmp_path, monkeypatch
         put(name, "1")
     others = {"compare_with": ["organism/b", "my/model"]}
     prompts = {} if changed.startswith("data/prompts") else {"prompts": "my/pairs.jsonl"}
-    job = sweep.Job("03_refusal_low_rank", "g", "organism/a", 0, others | prompts)
+    job = sweep.Job("3a_refusal_instrument", "g", "organism/a", 0, others | prompts)
     before = sweep._identity(job, sweep.NOTEBOOKS)
     put("data/organisms/a/README.md", "a card that is reworded changes no result")
     put("data/organisms/a/manifest.json", '{"model.safetensors": "1", "README.md": "2"}')
@@ -401,7 +401,7 @@ def test_t_interval_is_that_of_the_t_test_and_none_for_one_value():
 
 
 def test_number_named_after_its_model_is_compared_between_seeds():
-    job = sweep.Job("03_refusal_low_rank", "lowrank", "organism/refusal-lowrank-seed2", 0, {})
+    job = sweep.Job("3a_refusal_instrument", "lowrank", "organism/refusal-lowrank-seed2", 0, {})
     assert sweep._common_name("k_star/lowrank-seed2/layers", job) == "k_star/lowrank/layers"
     assert sweep._common_name("one-direction-lowrank-seed2", job) == "one-direction-lowrank"
     codi = sweep.Job("04_codi_attention", "G", "organism/codi", 0, {})

@@ -92,10 +92,9 @@ class Removals:
             if k:
                 condition = Ablation("explored", self.subspace(layers, means)[:k], strength=strength)
             texts = [*self.forbidden, *self.harmless]
-            tokens = generate(
-                self.model, chat_ids(self.model, texts), [condition], max_new_tokens=self.max_new_tokens
-            )
-            answers = [self.model.tokenizer.decode(answer, skip_special_tokens=True) for answer in tokens[0]]
+            asked = chat_ids(self.model, texts)
+            [tokens] = generate(self.model, asked, [condition], max_new_tokens=self.max_new_tokens)
+            answers = refusal.answer_texts(self.model, asked, tokens)
             kl = first_token_kl(self.model, chat_ids(self.model, self.harmless), [condition])[0]
             self._seen[key] = Outcome(answers, grades_of(self.judge(texts, answers)), kl)
         return self._seen[key]
