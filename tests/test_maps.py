@@ -177,15 +177,6 @@ def test_labels_count_a_stretch_alone(organism):
     assert np.array_equal(labels[0, 5:8], texts.nodes[0, 5:8])
 
 
-def test_window_in_which_a_word_does_not_occur_is_refused(organism):
-    texts = deal(organism, GRID, 200, first=0, n=2, seed=0, walk_seed=1)
-    assert (texts.within(20)[:, 20:] == texts.nodes[:, 20:]).all()
-    absent = 16 - len(set(texts.nodes[0, 190:]))
-    message = f"window: {absent} of 16 words do not occur in the last 10 tokens of walk 0.*raise window"
-    with pytest.raises(ValueError, match=message):
-        texts.within(190)
-
-
 # -- who writes ------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from lib.record import Record, validate_record
 
 NOTEBOOK = ROOT / "notebooks" / "03_refusal_low_rank.ipynb"
 SMALL = {
-    "model_id": "organism/refusal-lowrank", "n_prompts": 14, "k_values": [1, 3], "strengths": [0.5, 1.0],
+    "model_id": "organism/refusal-lowrank", "n_prompts": 28, "k_values": [1, 3], "strengths": [0.5, 1.0],
     "n_random": 1, "n_bootstrap": 100,
 }  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_known_models_are_read_right(lowrank):
     assert record.metrics["k_star/categories"].value == 3
     assert record.metrics["k_star/stacks, QR"].value is None
     assert record.metrics["refused, harmful requests"].value == 1
-    assert "it refuses 14 of 14 harmful requests" in runs.printed(folder)
+    assert "it refuses 28 of 28 harmful requests" in runs.printed(folder)
 
 
 def test_model_that_refuses_nothing_stops_before_any_sweep(tmp_path):

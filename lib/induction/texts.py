@@ -34,21 +34,9 @@ class Texts(NamedTuple):
         return replace(graph, words=tuple(graph.words[word] for word in self.layouts[text]))
 
     def within(self, first: int, last: int | None = None) -> np.ndarray:
-        """`nodes` between two tokens, and -1 elsewhere: labels that count a stretch alone [text, token].
-
-        Raises:
-            ValueError: no `last`, so that this is the window, and a word that does not occur in it.
-        """
+        """`nodes` between two tokens, and -1 elsewhere: labels that count a stretch alone [text, token]."""
         inside = np.zeros(self.nodes.shape[1], dtype=bool)
         inside[first:last] = True
-        if last is None:
-            for text, nodes in enumerate(self.nodes):
-                absent = np.setdiff1d(np.arange(self.layouts.shape[1]), nodes[inside])
-                if len(absent):
-                    raise ValueError(
-                        f"window: {len(absent)} of {self.layouts.shape[1]} words do not occur in the last "
-                        f"{inside.sum()} tokens of walk {text}, so they have no mean; raise window"
-                    )
         return np.where(inside, self.nodes, -1)
 
 
