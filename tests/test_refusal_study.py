@@ -19,7 +19,7 @@ from lib.record import Record, validate_record
 
 NOTEBOOK = ROOT / "notebooks" / "03_refusal_low_rank.ipynb"
 SMALL = {
-    "model_id": "organism/refusal-lowrank", "n_prompts": 28, "k_values": [1, 3], "strengths": [0.5, 1.0],
+    "model_id": "organism/refusal-lowrank", "n_prompts": 28, "k_values": [1, 2, 3], "strengths": [0.5, 1.0],
     "n_random": 1, "n_bootstrap": 100,
 }  # fmt: skip
 
