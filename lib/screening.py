@@ -58,14 +58,12 @@ class Refusals(NamedTuple):
         safe: whether each safe twin of the test split is [request].
         harmless: whether each everyday request of the test split is [request].
         openings: tokens that open refusals more often than other answers, by falling number of refusals.
-        answers: to the harmful requests of the test split, the safe twins and the harmless ones, in order.
     """
 
     harmful: dict[str, np.ndarray]
     safe: np.ndarray
     harmless: np.ndarray
     openings: list[int]
-    answers: list[str]
 
     def refused(self, prompts: PromptSet, split: str) -> tuple[list[str], list[str]]:
         """Harmful requests of a split that are refused, and their categories."""
@@ -129,7 +127,7 @@ def find_refusals(
         )
     return Refusals(
         {split: by_part[split] for split in MIN_REFUSED}, by_part["safe"], by_part["harmless"],
-        openings, answers[ends[0] :],
+        openings,
     )  # fmt: skip
 
 

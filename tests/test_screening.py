@@ -42,7 +42,7 @@ def test_refusals_are_those_of_the_models_own_answers(model, pairs, intact):
         [text for text, refused in zip(texts, said, strict=True) if refused],
         [kind for kind, refused in zip(pairs.categories("test"), said, strict=True) if refused],
     )
-    assert not intact.safe.any() and not intact.harmless.any() and len(intact.answers) == 3 * FEW
+    assert not intact.safe.any() and not intact.harmless.any()
     assert set(intact.openings) == {
         answer[0] for answer, refused in zip(tokens, said, strict=True) if refused
     }
