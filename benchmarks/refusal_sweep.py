@@ -190,6 +190,7 @@ def floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]]
     from transformers import DynamicCache
 
     from lib.batches import auto_rows
+    from lib.generation import last_of
 
     size = auto_rows(model, max(map(len, prompts)) + new_tokens)
     rows = [(prompt, answer) for answers in known for prompt, answer in zip(prompts, answers, strict=True)]
@@ -204,10 +205,12 @@ def floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]]
         )
         cache = DynamicCache(config=model._module.config)
         with torch.no_grad():
-            model._module(ids[:, : longest[0]], past_key_values=cache, logits_to_keep=1)
+            prompt = ids[:, : longest[0]]
+            model._module(prompt, past_key_values=cache, logits_to_keep=last_of(prompt))
             # What ends an answer is not read, but was chosen: an answer cut at the last token has one less.
             for step in range(longest[0], ids.shape[1] - (longest[1] == new_tokens)):
-                model._module(ids[:, step : step + 1], past_key_values=cache, logits_to_keep=1)
+                one = ids[:, step : step + 1]
+                model._module(one, past_key_values=cache, logits_to_keep=last_of(one))
     return known
 
 

@@ -299,8 +299,8 @@ def answer_loss(
     target = torch.full((len(answers), longest), -100)
     for row, answer in zip(target, answers, strict=True):
         row[longest - len(answer) :] = torch.tensor(answer)
-    basis = basis.to(model.device)
-    with torch.enable_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=longest + 1):
+    basis, last = basis.to(model.device, model.dtype), last_of(inputs["input_ids"], longest + 1)
+    with torch.enable_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=last):
         for block in model.layers:  # not in place, as elsewhere: the gradient needs what was there before
             block.input = block.input - block.input @ basis.T @ basis
             attention, mlp = block.self_attn.o_proj, block.mlp
@@ -348,7 +348,8 @@ def last_token_streams(
         else:
             inputs, opened = _read_opening(model, [prompts[i] for i in rows], [nothing] * len(rows))
             options = {"use_cache": True, "past_key_values": opened}
-        with torch.no_grad(), model.trace(**inputs, **options, logits_to_keep=1):
+        last = last_of(inputs["input_ids"])
+        with torch.no_grad(), model.trace(**inputs, **options, logits_to_keep=last):
             streams = [block.input[:, -1].detach().cpu() for block in model.layers]
             streams.append(model.layers[-1].output[:, -1].detach().cpu())
             at_last = torch.stack(streams, dim=1).float().save()
@@ -380,7 +381,8 @@ def tail_streams(
 
     def read(rows: list[int]) -> torch.Tensor:
         inputs = _padded(model, [prompts[i] for i in rows])
-        with torch.no_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=1) as tracer:
+        last = last_of(inputs["input_ids"])
+        with torch.no_grad(), model.trace(**inputs, use_cache=False, logits_to_keep=last) as tracer:
             tail = model.layers[layer].input[:, -n:].detach().float().cpu().save()
             tracer.stop()
         return tail
@@ -632,10 +634,8 @@ def _forward(
     entry: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of the next token [row, vocabulary] under the edits; block `first` reads `entry`."""
-    # The last token's logits. Where it is the only one, a tensor says so, not a number: nnsight then hands
-    # the batch on as it is, instead of taking it apart into rows and putting them together at every step.
-    last = torch.tensor([0]) if inputs["input_ids"].shape[1] == 1 else 1
     removed, shifts = edits.removed, edits.shifts  # a remote model is sent what the block names
+    last = last_of(inputs["input_ids"])
     options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": last}
     with torch.no_grad(), model.trace(**inputs, **options):
         for index, block in enumerate(model.layers):
@@ -645,6 +645,16 @@ def _forward(
             _edit_block(block, index, removed, shifts)
         logits = model.lm_head.output[:, -1].float().detach().save()
     return known_logits(logits, model)
+
+
+def last_of(ids: torch.Tensor, n: int = 1) -> torch.Tensor:
+    """The last n positions of [row, token, ...], as transformers' `logits_to_keep` takes them.
+
+    A tensor and not a number, for two reasons. transformers slices by a number, and of a slice of many rows
+    PyTorch multiplies each row by a copy of the unembedding of its own. And nnsight hands a batch on as it
+    is, instead of taking it apart into rows and putting them together at every step.
+    """
+    return torch.arange(ids.shape[1] - n, ids.shape[1])
 
 
 def known_logits(logits: torch.Tensor, model: TransformersModel) -> torch.Tensor:
@@ -680,7 +690,8 @@ def _read_below(
 ) -> tuple[DynamicCache, torch.Tensor]:
     """Keys and values of the blocks below a layer, and that block's input [row, token, d_model]."""
     cache = DynamicCache(config=model._module.config)
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    last = last_of(inputs["input_ids"])
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": last}
     with torch.no_grad(), model.trace(**inputs, **options):
         stream = model.layers[layer].input.save()
         # Not tracer.stop(): its exception holds on to all that its callers hold, until garbage is collected.

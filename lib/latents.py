@@ -31,7 +31,7 @@ from transformers import DynamicCache
 
 from lib.batches import Batches, auto_rows
 from lib.codi_checkpoint import CodiModel
-from lib.generation import end_tokens, known_logits
+from lib.generation import end_tokens, known_logits, last_of
 from lib.models import provenance, shape
 from lib.problems import Problem, carried_answer, extract_answer, question_numbers, twin_indices, twins
 from lib.progress import counting
@@ -488,7 +488,7 @@ def _write(
     rows = np.arange(n_rows)  # those that are still in the batch
     read = torch.tensor([behind] * n_rows, device=codi.model.device)
     for step in range(min(max_answer, room)):
-        out = module(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = module(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=last_of(read))
         logits = known_logits(out.logits[:, -1].float(), codi.model)
         logits[:, [codi.bot, codi.eot]] = -torch.inf  # answers are text
         chosen = logits.argmax(-1)

@@ -365,6 +365,31 @@ class RefusalLowRank(StudyParameters):
             yield f"n_prompts: {self.n_prompts}; at least 8 are needed, 0 is all"
 
 
+class RefusalByGradient(StudyParameters):
+    """Appendix 3b: directions that gradient descent finds, beside the difference of means."""
+
+    study: ClassVar[str] = "3b_refusal_by_gradient"
+    appendix: ClassVar[bool] = True
+    embedded: ClassVar[dict[str, Any]] = {"model_id": "organism/refusal-single", "n_prompts": 56}
+
+    model_id: str = Field(REAL, min_length=1)
+    dtype: Dtype = "auto"
+    prompts: str = ""
+    n_prompts: Whole = Field(0, ge=0)
+    max_new_tokens: Whole = Field(24, ge=1)
+    n_steps: Whole = Field(40, ge=4)
+    n_starts: Whole = Field(2, ge=1)
+    batch_size: Whole = Field(0, ge=0)
+    n_bootstrap: Whole = Field(2000, ge=100)
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.remote:
+            yield "remote: gradients do not come back from NDIF; leave it out"
+        if 0 < self.n_prompts < 8:
+            yield f"n_prompts: {self.n_prompts}; at least 8 are needed, 0 is all"
+
+
 class RefusalInstrument(StudyParameters):
     """Appendix 3a: the instrument of study 3 on models whose refusal is known, in detail."""
 

@@ -22,6 +22,7 @@ import torch
 
 from lib.batches import auto_batch_size
 from lib.codi_checkpoint import CodiModel
+from lib.generation import last_of
 from lib.latents import check_known, check_questions, over_batches
 from lib.models import eager_attention, shape
 from lib.problems import Problem, twins
@@ -389,7 +390,7 @@ def _read_batch(
     with (
         eager_attention(model),
         torch.no_grad(),
-        model.trace(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1),
+        model.trace(inputs_embeds=embeddings, use_cache=False, logits_to_keep=last_of(embeddings)),
     ):
         attention, masses, streams = 0, [], []
         for index, block in enumerate(model.layers):

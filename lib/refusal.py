@@ -33,6 +33,7 @@ from lib.generation import (
 from lib.geometry import effective_rank, participation_ratio
 from lib.judges import THOUGHTS, Judge, PhraseJudge, grades_of, rates, without_thought
 from lib.models import ModelError, TransformersModel, is_remote, shape
+from lib.progress import counting
 from lib.prompts import PromptSet
 from lib.record import Cache
 from lib.statistics import Band, Estimate, bootstrap_band, known_mean, resamples
@@ -647,28 +648,30 @@ def _nested(name: str, basis: torch.Tensor, ks: Sequence[int]) -> list[Ablation]
 
 def optimised(
     model: TransformersModel,
-    requests: Sequence[str],
-    kept: Sequence[str],
-    answer_of: Callable[[str], str],
+    forbidden: Sequence[tuple[Tokens, Tokens]],
+    kept: Sequence[tuple[Tokens, Tokens]],
     start: torch.Tensor,
     *,
     n_steps: int,
     seed: int,
     n_snapshots: int = 4,
+    drawn: tuple[int, int] = (32, 8),
+    apart_from: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Subspaces on the way of gradient descent to one whose removal makes a model answer.
 
-    What is descended is the loss of the right answers (`lib.generation.answer_loss`) over a few forbidden
-    and a few harmless requests drawn at each step, with Adam, in the rows of the basis; these are made
-    orthonormal before each use. Choose among what is returned on other prompts than these.
+    What is descended is the loss of answers (`lib.generation.answer_loss`) over a few forbidden and a few
+    other requests drawn at each step, with Adam, in the rows of the basis; these are made orthonormal before
+    each use. Choose among what is returned on other prompts than these.
 
     Args:
-        requests: forbidden ones, of the extraction split.
+        forbidden: requests of the extraction split, each with an answer to it, as token ids.
         kept: allowed and harmless ones, whose answers are to stay.
-        answer_of: the right answer to a request.
         start: orthonormal rows to begin at [k, d_model].
         n_steps, seed: of the descent.
         n_snapshots: bases to return besides the start, at equal distances.
+        drawn: numbers of forbidden and of kept requests in a step.
+        apart_from: orthonormal rows [j, d_model] at right angles to which all bases are kept.
 
     Returns:
         Bases [k, d_model], the start first, all orthonormal.
@@ -680,24 +683,56 @@ def optimised(
     Source: the idea is that of Wollschlaeger et al. (2025), refusal directions by gradient.
     """
     rng = np.random.default_rng(seed)
-    groups = [_answered(model, texts, answer_of) for texts in (requests, kept)]
-    sizes = [min(len(group), n) for group, n in zip(groups, _DRAWN, strict=True)]
+    sizes = [min(len(group), n) for group, n in zip((forbidden, kept), drawn, strict=True)]
+    away = None if apart_from is None else apart_from.double().cpu()
+
+    def basis_of(rows: torch.Tensor) -> torch.Tensor:
+        return _orthonormal(rows if away is None else rows - rows @ away.T @ away)
+
     rows = start.double().cpu().clone().requires_grad_(True)
     optimiser = torch.optim.Adam([rows], lr=_RATE)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / n_steps)
-    found, kept_at = [start], {round(n_steps * (i + 1) / n_snapshots) for i in range(n_snapshots)}
-    for step in range(1, n_steps + 1):
-        drawn = [group[i] for group, n in zip(groups, sizes, strict=True)
-                 for i in rng.choice(len(group), n, replace=False)]  # fmt: skip
-        loss = answer_loss(model, *zip(*drawn, strict=True), _orthonormal(rows).float())
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss of the answers is {loss.item()} at step {step}; begin elsewhere")
-        rows.grad = torch.autograd.grad(loss, rows)[0]
-        optimiser.step()
-        decay.step()
-        if step in kept_at:
-            found.append(_orthonormal(rows.detach()).float())
+    found = [start if away is None else basis_of(rows.detach()).float()]
+    kept_at = {round(n_steps * (i + 1) / n_snapshots) for i in range(n_snapshots)}
+    with counting("gradient steps", n_steps) as count:
+        for step in range(1, n_steps + 1):
+            of_step = [group[i] for group, n in zip((forbidden, kept), sizes, strict=True)
+                       for i in rng.choice(len(group), n, replace=False)]  # fmt: skip
+            loss = answer_loss(model, *zip(*of_step, strict=True), basis_of(rows).float())
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss of the answers is {loss.item()} at step {step}; begin elsewhere")
+            rows.grad = torch.autograd.grad(loss, rows)[0]
+            optimiser.step()
+            decay.step()
+            if step in kept_at:
+                found.append(basis_of(rows.detach()).float())
+            count(1)
     return found
+
+
+def own_answers(
+    model: TransformersModel,
+    requests: Sequence[str],
+    answered: Sequence[str],
+    *,
+    says_refusal: Callable[[str], bool],
+    **options,
+) -> list[tuple[Tokens, Tokens]]:
+    """Requests with the answers that the intact model gives to others, such as their safe twins.
+
+    Answers that refuse are left out, with their requests.
+
+    Args:
+        answered: what is answered in place of each request; the requests themselves for their own answers.
+        options: of `lib.generation.generate`.
+
+    Returns:
+        Token ids of requests and answers, as `optimised` takes them.
+    """
+    asked = chat_ids(model, answered)
+    [answers] = generate(model, asked, [intact(model)], **options)
+    rows = zip(chat_ids(model, requests), answers, answer_texts(model, asked, answers), strict=True)
+    return [(prompt, answer) for prompt, answer, text in rows if len(answer) and not says_refusal(text)]
 
 
 def optimised_conditions(
@@ -722,35 +757,34 @@ def optimised_conditions(
         starts: conditions of any sizes.
         on_selection: what they do on the selection split.
         measured: outcome of conditions on the selection split.
-        answer_of, n_steps, seed: see `optimised`.
+        answer_of: the right answer to a request.
+        n_steps, seed: see `optimised`.
 
     Returns:
         A condition for each k, by rising k, called "optimised K".
     """
     enough = on_selection.rank(starts)
     best = {len(starts[i].basis): starts[i].basis for i in reversed(on_selection.best_first())}
-    kept = prompts.harmless("extraction") + prompts.safe("extraction")
+    forbidden = with_answers(model, prompts.harmful("extraction"), answer_of)
+    kept = with_answers(model, prompts.harmless("extraction") + prompts.safe("extraction"), answer_of)
     found = []
     for k in sorted(k for k in best if enough is None or k <= enough):
         basis = best[k]
         if k != enough:
-            bases = optimised(
-                model, prompts.harmful("extraction"), kept, answer_of, basis, n_steps=n_steps, seed=seed
-            )
+            bases = optimised(model, forbidden, kept, basis, n_steps=n_steps, seed=seed)
             snapshots = [Ablation(f"optimised {k} #{i}", basis) for i, basis in enumerate(bases)]
             basis = bases[measured(snapshots).best_first()[0]]
         found.append(Ablation(f"optimised {k}", basis))
     return found
 
 
-_DRAWN = 32, 8  # forbidden and kept requests of a step
 _RATE = 0.02  # of Adam, at first; it falls to 0
 
 
-def _answered(
+def with_answers(
     model: TransformersModel, texts: Sequence[str], answer_of: Callable[[str], str]
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each request and of its answer, with the end of it."""
+) -> list[tuple[Tokens, Tokens]]:
+    """Token ids of each request and of its right answer, with the end of it."""
     end = sorted(end_tokens(model))[:1]
     answers = [model.tokenizer(answer_of(text), add_special_tokens=False).input_ids + end for text in texts]
     return list(zip(chat_ids(model, texts), answers, strict=True))

@@ -85,22 +85,24 @@ def answer(
         colour, marker = (plots.VERMILLION, "D") if name in ours else (plots.GREY, "o")
         right.plot([low, high], [y, y], color=colour, linewidth=1.4)
         right.plot(mean, y, marker, color=colour)
+        right.annotate(f"{mean:.2f}", (high, y), (5, 0), textcoords="offset points", va="center", fontsize=7)
     right.set_yticks(range(len(order)), order, fontsize=7.5)
     right.axvline(0.8, color=plots.GREY, linestyle=":", linewidth=1)
-    right.set(xlim=(-0.03, 1.03), xlabel="compliance without one direction")
+    right.set(xlim=(-0.03, 1.18), xlabel="compliance without one direction")
     right.set_title(titles[1], fontsize=8.5)
     return fig
 
 
 def layers(
-    score: Band, kl: np.ndarray, alike: np.ndarray, generated: Mapping[int, float], chosen: int,
-    titles: Sequence[str],
+    score: Band, kl: np.ndarray, twins: np.ndarray, alike: np.ndarray, generated: Mapping[int, float],
+    chosen: int, titles: Sequence[str],
 ) -> Figure:  # fmt: skip
     """Refusal score and KL by the layer whose direction is removed, beside how alike the directions are.
 
     Args:
         score: refusal score without the direction of layers 1, 2, ... over requests.
-        kl: on harmless requests, in nats, of the same layers.
+        kl: on everyday requests, in nats, of the same layers.
+        twins: refusal score on safe twins, of the same layers.
         alike: mean cosine of each layer's vector with those of the other layers.
         generated: layer -> share of whole answers that refuse.
         chosen: layer.
@@ -109,7 +111,8 @@ def layers(
     at = np.arange(1, 1 + len(kl))
     fig, (left, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 2.6))
     plots.draw_band(left, at, *score, marker="", key="refusal score")
-    left.plot(at, np.minimum(kl, 1), color=plots.ORANGE, linestyle="--", label="KL, harmless (nats)")
+    left.plot(at, np.minimum(kl, 1), color=plots.ORANGE, linestyle="--", label="KL, everyday (nats)")
+    left.plot(at, twins, color=plots.BLUE, linestyle=":", label="refusal score, safe twins")
     refusing = zip(*sorted(generated.items()), strict=True)
     left.plot(*refusing, "D", color=plots.BLACK, label="answers that refuse")
     right.plot(at, alike, color=plots.GREEN)
@@ -158,4 +161,46 @@ def along_prompt(tokens: Sequence[str], bands: Mapping[str, Band], title: str) -
     plots.draw_bands(ax, at, bands, _COLOURS[: len(bands)], marker="o")
     ax.set_xticks(at, tokens, rotation=30, ha="right", rotation_mode="anchor", fontsize=7.5)
     ax.set_title(title, fontsize=8.5)
+    return fig
+
+
+def descent(
+    steps: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    points: Mapping[str, tuple[float, Estimate]],
+    titles: Sequence[str],
+) -> Figure:
+    """Refusal score on the way of gradient descent, and what each direction opens by its cosine with another.
+
+    Args:
+        steps: of the snapshots.
+        scores: arm -> refusal score of each snapshot.
+        points: direction -> (cosine, compliance).
+        titles: of the two panels.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 3.0))
+
+    def look(name: str) -> tuple[str, str]:
+        if name.startswith("apart"):
+            return plots.BLUE, "s"
+        if name.startswith("from random"):
+            return plots.VERMILLION, "o"
+        return (plots.GREY, "x") if name.startswith("random") else (plots.BLACK, "D")
+
+    for name, values in scores.items():
+        colour, marker = look(name)
+        kind = name.split(", from random")[0].rstrip(" 0123456789")
+        known = left.get_legend_handles_labels()[1]
+        label = "_" if kind in known else kind
+        left.plot(steps, values, color=colour, marker=marker, markersize=4, label=label)
+    left.set(ylim=(-0.03, 1.03), xlabel="gradient steps", ylabel="refusal score")
+    left.legend(fontsize=7.5)
+    for name, (cosine, rate) in points.items():
+        colour, marker = look(name)
+        right.plot([cosine, cosine], [rate.low, rate.high], color=colour, linewidth=1.4)
+        right.plot(cosine, rate.value, marker, color=colour)
+    right.set(xlim=(-0.05, 1.08), ylim=(-0.03, 1.08), ylabel="compliance")
+    right.set_xlabel("cosine with the mean difference")
+    for axis, title in zip((left, right), titles, strict=True):
+        axis.set_title(title, fontsize=8.5)
     return fig

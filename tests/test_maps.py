@@ -96,6 +96,24 @@ def test_share_of_the_variance_is_that_of_a_naive_projection(means):
         assert maps.variance_share(means, basis)[text] == pytest.approx(inside / (centred**2).sum())
 
 
+def test_share_of_a_pattern_is_the_variance_that_it_explains(means):
+    patterns = maps.graph_harmonics(GRID)
+    found = maps.pattern_share(means, patterns[:, :2])
+    for text in range(3):
+        centred = means[text] - means[text].mean(0)
+        left = centred - patterns[:, :2] @ np.linalg.lstsq(patterns[:, :2], centred, rcond=None)[0]
+        assert found[text] == pytest.approx(1 - (left**2).sum() / (centred**2).sum())
+    assert maps.pattern_share(means, patterns) == pytest.approx(1)  # all harmonics together
+    drawn = patterns[:, :2] @ np.random.default_rng(0).standard_normal((2, 8)) + 3
+    assert maps.pattern_share(drawn, patterns[:, :2]) == pytest.approx(1)
+    assert maps.pattern_share(drawn, patterns[:, 2:]) == pytest.approx(0, abs=1e-12)
+    lacking = means.copy()
+    lacking[:, 3] = np.nan
+    filled = np.where(np.isnan(lacking), np.nanmean(lacking, 1, keepdims=True), lacking)
+    expected = maps.pattern_share(filled, patterns[:, :2])
+    assert maps.pattern_share(lacking, patterns[:, :2]) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.2, None])
 def test_removal_takes_away_the_share_that_was_asked_for(means, share):
     patterns = maps.graph_harmonics(GRID)[:, :2]
@@ -395,7 +413,7 @@ def test_use_of_a_planted_map_is_found(organism, runs):
                             labels=runs.texts.within(40), positions=positions, layers=())  # fmt: skip
     intact = runs.sweep.word_probabilities[0][:, runs.late]
     use = maps.map_use(edited, GRID, runs.texts, removed_at=[2], turned_at=[2], intact=intact)
-    assert set(use.cost) == {"grid", "shuffled grids", "middle", "checkerboard"}
+    assert set(use.cost) == {"grid", "shuffled grids", "checkerboard"}
     assert use.cost["grid"].shape == (3, 1) and use.everywhere["grid"].shape == (3,)
     assert use.moved["everything"].mean() > 5 * abs(use.moved["grid"].mean())
     turn = names.index("turn grid 2")

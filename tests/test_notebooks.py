@@ -76,6 +76,7 @@ SMALL = {
         "n_random": 1,
         "n_bootstrap": 100,
     },
+    "3b_refusal_by_gradient": {"n_prompts": 14, "n_steps": 4, "n_starts": 1, "n_bootstrap": 100},
     "04_codi_attention": {"compare_with": ["organism/codi-results"], "n_problems": 60, "n_bootstrap": 100},
 }
 
@@ -264,8 +265,8 @@ def misshapen(notebook) -> list[str]:
         found.append("its first code cell is not tagged as the parameters")
     if "Study(" not in cells[1].source or sizes[1] > 6:
         found.append("its second code cell is no setup of at most 6 lines")
-    if median > 14 or most > 30:
-        found.append(f"its code cells have {median:g} lines (median), at most {most}; limits: 14, 30")
+    if median > 12 or most > 25:
+        found.append(f"its code cells have {median:g} lines (median), at most {most}; limits: 12, 25")
     if prose and sum(prose) < 0.85 * len(prose):
         found.append(f"only {sum(prose)} of {len(prose)} code cells follow prose")
     if "study.close()" not in cells[-1].source:
@@ -395,7 +396,7 @@ def test_notebook_in_good_shape_passes():
         (0, "title", "does not open with a title"),
         (1, PARAMETERS + " ", "not tagged"),
         (2, "x = 1\ny = 1\n" * 3 + "study = Study(S, globals())", "no setup of at most 6 lines"),
-        (4, "x = 1\ny = 1\n" * 16, "at most 32"),
+        (4, "x = 1\ny = 1\n" * 13, "at most 26"),
         (4, "if x:\n    y += 1\n    y += 1", "code cell 3 says twice: y += 1"),
         (3, "y = 1", "only 1 of 3 code cells follow prose"),
         (4, "seq_len = 3", "code cell 3 assigns seq_len"),

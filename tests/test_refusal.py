@@ -43,6 +43,7 @@ from lib.refusal import (
     optimised,
     optimised_conditions,
     orthogonalized,
+    own_answers,
     paired_svd,
     published_stack,
     random_in_top_activations,
@@ -56,6 +57,7 @@ from lib.refusal import (
     says_refusal,
     select_layers,
     stack,
+    with_answers,
 )
 from lib.refusal_plots import draw_way
 from lib.statistics import wilson
@@ -625,8 +627,9 @@ def test_optimised_subspace_comes_nearer_to_the_planted_one():
     planted, _ = planted_directions(RECIPES["refusal-planted-2"], seed=0)
     beside = random_subspace(planted.shape[1], 2, seed=3)
     start = stack(planted + beside - beside @ projector(planted)).basis
-    requests = prompts.harmful("extraction")[:48], prompts.harmless("extraction")
-    options = {"answer_of": lambda text: language.parse(text).answer, "n_steps": 40, "seed": 0}
+    texts = prompts.harmful("extraction")[:48], prompts.harmless("extraction")
+    requests = [with_answers(model, part, lambda text: language.parse(text).answer) for part in texts]
+    options = {"n_steps": 40, "seed": 0}
     found = optimised(model, *requests, start=start, n_snapshots=2, **options)
     assert len(found) == 3 and found[0] is start
     for basis in found:
@@ -644,6 +647,30 @@ def test_optimised_subspace_comes_nearer_to_the_planted_one():
     assert torch.equal(one, again)
 
 
+def test_optimised_direction_is_kept_apart_from_another():
+    model, prompts = load(PLANTED), prompts_for(PLANTED)
+    planted, _ = planted_directions(RECIPES["refusal-planted-2"], seed=0)
+    texts = prompts.harmful("extraction")[:16], prompts.harmless("extraction")[:8]
+    requests = [with_answers(model, part, lambda text: language.parse(text).answer) for part in texts]
+    start = stack(planted[:1] + 0.5 * random_subspace(planted.shape[1], 1, seed=3)).basis
+    found = optimised(model, *requests, start=start, n_steps=4, seed=0, drawn=(4, 2), apart_from=planted[:1])
+    for basis in found:
+        assert_orthonormal(basis)
+        assert float((basis @ planted[:1].T).abs()) < 1e-6
+    assert not torch.allclose(found[0], found[-1])
+
+
+def test_own_answers_are_those_to_the_twins_without_refusals():
+    model, prompts = load("organism/refusal-single"), prompts_for("organism/refusal-single")
+    harmful, safe = prompts.harmful("extraction")[:6], prompts.safe("extraction")[:6]
+    own = {"says_refusal": language.refuses, "max_new_tokens": 12}
+    found = own_answers(model, harmful, safe, **own)
+    assert [prompt for prompt, _ in found] == chat_ids(model, harmful)
+    said = [model.tokenizer.decode(answer, skip_special_tokens=True) for _, answer in found]
+    assert [language.grade(text, answer)[0] for text, answer in zip(safe, said, strict=True)] == [1] * 6
+    assert own_answers(model, safe, harmful, **own) == []  # it refuses all of these
+
+
 def test_optimised_way_asks_whether_fewer_directions_do(monkeypatch):
     """Below the smallest k that passes; from the best start of its size, and by the selection split."""
     starts = [Ablation(f"start {k}", random_subspace(D, k, seed=k)) for k in (1, 2, 3)]
@@ -654,11 +681,12 @@ def test_optimised_way_asks_whether_fewer_directions_do(monkeypatch):
         graded, ones = np.array(compliance)[:, None], np.ones((len(compliance), 1))
         return Outcome([], graded, ones, 0 * ones, ones, ones, [])
 
-    def descend(model, requests, kept, answer_of, start, **options):
-        calls.append((start, requests, len(kept)))
+    def descend(model, forbidden, kept, start, **options):
+        calls.append((start, forbidden, len(kept)))
         return [start, *(random_subspace(D, len(start), seed=20 + i) for i in range(2))]
 
     monkeypatch.setattr("lib.refusal.optimised", descend)
+    monkeypatch.setattr("lib.refusal.with_answers", lambda model, texts, answer_of: list(texts))
     options = {"measured": lambda c: outcome([0.1, 0.5, 0.3]), "answer_of": str, "n_steps": 3, "seed": 0}
     found = optimised_conditions(None, prompts, starts, outcome([0.1, 0.2, 0.9, 1.0]), **options)
     assert [c.name for c in found] == ["optimised 1", "optimised 2"]
@@ -673,7 +701,8 @@ def test_optimised_way_asks_whether_fewer_directions_do(monkeypatch):
 def test_descent_from_nowhere_is_refused(llama):
     start = torch.full((1, D), torch.nan)
     with pytest.raises(ValueError, match="the loss of the answers is nan at step 1; begin elsewhere"):
-        optimised(llama, ["apple sun"], ["box"], lambda text: text, start, n_steps=2, seed=0)
+        texts = [with_answers(llama, [text], lambda text: text) for text in ("apple sun", "box")]
+        optimised(llama, *texts, start, n_steps=2, seed=0)
 
 
 def test_conditions_of_each_rank_are_of_that_rank(llama, prompt_set):

@@ -108,8 +108,8 @@ def energy_by_layer(
     ax.set(ylim=(0, 1.05 * max(np.nanmax(singles), max(np.nanmax(band.high) for band in energies.values()))))
     ax.plot(x, singles.T, ".", color=plots.BLACK, markersize=2.5, alpha=0.35)
     ax.axvline(layer, color="0.85", linewidth=5, zorder=0)
-    colours = (plots.BLACK, plots.BLUE, plots.VERMILLION, plots.GREY)
-    plots.draw_bands(ax, x, energies, colours, levels={"shuffled words": chance})
+    colours = (plots.BLACK, plots.BLUE, plots.VERMILLION, plots.GREY, plots.GREEN)
+    plots.draw_bands(ax, x, energies, colours[: len(energies)], levels={"shuffled words": chance})
     return fig
 
 
@@ -184,7 +184,7 @@ def map_use(
     """
     fig, (ax, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 3.1))
     hues = {"grid": plots.BLUE, "shuffled grids": plots.GREY, "checkerboard": plots.VERMILLION,
-            "middle": plots.GREEN, "everything": plots.BLACK}  # fmt: skip
+            "everything": plots.BLACK}  # fmt: skip
     top = max(band.high.max() for band in cost.values())
     ax.set(ylim=(min(0, *(band.low.min() for band in cost.values())), 1.1 * top), ylabel="accuracy lost")
     plots.draw_bands(ax, np.array(layers), cost, [hues[name] for name in cost], marker="o")
@@ -202,12 +202,12 @@ def writers(
     shares: Mapping[str, Mapping[str, Estimate]], hidden: Mapping[str, Estimate], chance: float,
     titles: Sequence[str],
 ) -> Figure:  # fmt: skip
-    """Shares of the grid by the kind of part that wrote it, and energies by who may read some heads.
+    """Shares of the grid by the kind of part that wrote it, and how much grid is left by who may read some heads.
 
     Args:
         shares: condition -> kind of part -> estimate.
-        hidden: whom the heads' output is hidden from -> energy; empty for none.
-        chance: energy of shuffled words.
+        hidden: whom the heads' output is hidden from -> the grid's share of the variance; empty for none.
+        chance: that share for words in no order.
         titles: of the two panels.
     """
     fig, (ax, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 3.2), width_ratios=[1.5, 1])
@@ -227,7 +227,7 @@ def writers(
         names = [f"from {name}" for name in hidden]
         right.set(yticks=range(len(hidden)), yticklabels=names, xlim=(0, 1.1 * max(chance, high.max())))
         right.axvline(chance, color=plots.GREY, linestyle=":", linewidth=1)
-        right.set_xlabel("energy E, what they write hidden\n(dotted: shuffled words)")
+        right.set_xlabel("variance that is grid, what heads write hidden\n(dotted: words in no order)")
         right.invert_yaxis()
     for axis, title in ((ax, titles[0]), (right, titles[1])):
         axis.set_title(title, fontsize=8.5)

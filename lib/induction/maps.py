@@ -68,6 +68,19 @@ def variance_share(means: np.ndarray, basis: np.ndarray) -> np.ndarray:
     return (inside**2).sum((-2, -1)) / (centred**2).sum((-2, -1))
 
 
+def pattern_share(means: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    """Share of the variance of word means [..., node, d] that varies over the nodes like patterns: [...].
+
+    Unlike the energy of the leading plane it counts every direction of the stream. Words in no order have k
+    of n - 1 parts of it. A word without a mean lies at the mean of the others.
+
+    Args:
+        patterns: orthonormal [node, k].
+    """
+    centred = np.nan_to_num(means - np.nanmean(means, -2, keepdims=True))
+    return ((patterns.T @ centred) ** 2).sum((-2, -1)) / (centred**2).sum((-2, -1))
+
+
 def removal(means: np.ndarray, patterns: np.ndarray, share: float | np.ndarray | None = None) -> Projection:
     """Takes out the directions of some patterns, wholly or as much of them as holds a share of the variance.
 
@@ -118,7 +131,6 @@ class MapParts(NamedTuple):
     """Patterns over the nodes of a graph, two each [node, 2], by what they are."""
 
     grid: np.ndarray  # the two smoothest harmonics: its coordinates
-    middle: np.ndarray
     checkerboard: np.ndarray  # the two roughest
     shuffled: tuple[np.ndarray, ...]  # grids with their nodes dealt anew
 
@@ -126,9 +138,9 @@ class MapParts(NamedTuple):
     def of(cls, graph: Graph, *, n_shuffled: int = 2, seed: int = 0) -> MapParts:
         """The parts of a graph of five nodes or more."""
         waves = graph_harmonics(graph)
-        ramps, half = waves[:, :2], waves.shape[1] // 2
+        ramps = waves[:, :2]
         false = tuple(shuffled_patterns(ramps, seed + i) for i in range(n_shuffled))
-        return cls(ramps, waves[:, half : half + 2], waves[:, -2:], false)
+        return cls(ramps, waves[:, -2:], false)
 
 
 class MapUse(NamedTuple):
@@ -165,7 +177,7 @@ def map_edits(
     """
     parts, image, heads = MapParts.of(graph, seed=seed), opposite_nodes(graph), frozenset(heads)
     dealt = np.random.default_rng(seed).permutation(graph.n_nodes)
-    named = [("grid", 0, parts.grid), ("middle", 0, parts.middle), ("checkerboard", 0, parts.checkerboard)]
+    named = [("grid", 0, parts.grid), ("checkerboard", 0, parts.checkerboard)]
     named += [("shuffled grids", draw, part) for draw, part in enumerate(parts.shuffled)]
     edits = [
         Condition(f"remove {name} {layer}", (), draw, {layer: removal(known[layer], part, share)})
@@ -210,7 +222,7 @@ def map_use(
     def by_layer(values: np.ndarray, kind: str, layers: Sequence) -> np.ndarray:
         return np.stack([values[edited.find(f"{kind} {layer}")].mean(0) for layer in layers], 1)
 
-    parts = ("grid", "shuffled grids", "middle", "checkerboard")
+    parts = ("grid", "shuffled grids", "checkerboard")
     cost = {part: whole[:, None] - by_layer(left, f"remove {part}", removed_at) for part in parts}
     wide = {part: whole - by_layer(left, f"remove {part}", ["everywhere"])[:, 0] for part in parts[:2]}
     added = ("everything", "grid", "shuffled grids")
