@@ -202,7 +202,7 @@ def writers(
     shares: Mapping[str, Mapping[str, Estimate]], hidden: Mapping[str, Estimate], chance: float,
     titles: Sequence[str],
 ) -> Figure:  # fmt: skip
-    """Shares of the grid by the kind of part that wrote it, and how much grid is left by who may read some heads.
+    """Shares of the grid by the kind of part that wrote it, and the grid that is left by who reads heads.
 
     Args:
         shares: condition -> kind of part -> estimate.
