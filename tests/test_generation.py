@@ -317,6 +317,22 @@ def test_masked_left_padding_reads_what_single_prompts_hold(model):
     torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
 
 
+def test_unembedding_is_not_copied_for_every_row(model):
+    """Of rows that do not lie together PyTorch multiplies each by a copy of the unembedding of its own."""
+    read, answers = [], [[3, 4], [5], [6, 7, 8], [9], [4]]
+    head = model._module.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        generate(model, PROMPTS, [CONDITIONS[0], CONDITIONS[1]], max_new_tokens=3)
+        first_token_share(model, PROMPTS, [CONDITIONS[1]], [3, 4])
+        last_token_streams(model, PROMPTS)
+        answer_loss(model, PROMPTS, answers, random_basis(1))
+    finally:
+        hook.remove()
+    assert len(read) > 5 and max(len(stream) for stream in read) > 1
+    assert all(stream.is_contiguous() for stream in read)
+
+
 def test_tail_of_a_prompt_is_what_single_prompts_hold(model):
     tails = tail_streams(model, PROMPTS, 1, 3)
     assert tails.shape == (len(PROMPTS), 3, D)
