@@ -603,6 +603,8 @@ class _Reader:
             self.labels[:, sequences, start:end].to(device),
             slice(n_prefix + start, n_prefix + end),
         )
+        read = set(range(summed.start, summed.stop)) if n_layers in layers else set()
+        read = torch.tensor(sorted(read.union(self.positions.tolist())), dtype=torch.long, device=device)
         fills = None if self.fill is None else self.fill.to(device)
         first, last = plan.starts[indices[0]], n_layers if len(positions) else layers[-1]
         entry = torch.stack([self._entry(row) for row in rows]).to(device) if first else None
@@ -633,6 +635,12 @@ class _Reader:
                     break
                 if index in ablated:
                     ablate_heads(block, ablated[index], None if fills is None else fills[index])
+                if index == n_layers - 1:  # nothing above attends: its MLP runs where it is read
+                    block.mlp.input = block.mlp.input[:, read]
+                    added = block.mlp.output
+                    spread = added.new_zeros(len(rows), ids.shape[1], added.shape[-1])
+                    spread[:, read] = added
+                    block.mlp.output = spread
             if n_layers in layers:
                 sums.append(class_sums(model.layers[-1].output[:, summed], labels, n_classes).cpu())
             if len(positions):

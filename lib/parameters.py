@@ -377,7 +377,7 @@ class RefusalByGradient(StudyParameters):
     prompts: str = ""
     n_prompts: Whole = Field(0, ge=0)
     max_new_tokens: Whole = Field(24, ge=1)
-    n_steps: Whole = Field(40, ge=4)
+    n_steps: Whole = Field(24, ge=4)
     n_starts: Whole = Field(2, ge=1)
     batch_size: Whole = Field(0, ge=0)
     n_bootstrap: Whole = Field(2000, ge=100)

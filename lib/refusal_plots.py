@@ -170,12 +170,12 @@ def descent(
     points: Mapping[str, tuple[float, Estimate]],
     titles: Sequence[str],
 ) -> Figure:
-    """Refusal score on the way of gradient descent, and what each direction opens by its cosine with another.
+    """Refusal score on the way of gradient descent, and what each direction opens at which side effect.
 
     Args:
         steps: of the snapshots.
         scores: arm -> refusal score of each snapshot.
-        points: direction -> (cosine, compliance).
+        points: direction -> (KL on everyday requests in nats, compliance); the last of an arm is hollow.
         titles: of the two panels.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 3.0))
@@ -195,12 +195,13 @@ def descent(
         left.plot(steps, values, color=colour, marker=marker, markersize=4, label=label)
     left.set(ylim=(-0.03, 1.03), xlabel="gradient steps", ylabel="refusal score")
     left.legend(fontsize=7.5)
-    for name, (cosine, rate) in points.items():
-        colour, marker = look(name)
-        right.plot([cosine, cosine], [rate.low, rate.high], color=colour, linewidth=1.4)
-        right.plot(cosine, rate.value, marker, color=colour)
-    right.set(xlim=(-0.05, 1.08), ylim=(-0.03, 1.08), ylabel="compliance")
-    right.set_xlabel("cosine with the mean difference")
+    for name, (kl, rate) in points.items():
+        colour, marker = look(name.removeprefix("last of "))
+        fill = "white" if name.startswith("last of ") else colour
+        right.plot([kl, kl], [rate.low, rate.high], color=colour, linewidth=1.4)
+        right.plot(kl, rate.value, marker, color=colour, markerfacecolor=fill)
+    right.set(xlim=(0, None), ylim=(-0.03, 1.08), ylabel="compliance")
+    right.set_xlabel("KL on everyday requests (nats)")
     for axis, title in zip((left, right), titles, strict=True):
         axis.set_title(title, fontsize=8.5)
     return fig

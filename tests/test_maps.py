@@ -188,6 +188,18 @@ def test_several_walks_of_a_layout_stand_together(organism):
     assert not np.array_equal(texts.nodes[0], texts.nodes[1])
 
 
+def test_window_in_which_a_word_is_missing_is_named(organism):
+    same = dict(first=0, n=3, seed=0, walk_seed=5, per_layout=2)
+    nodes = deal(organism, GRID, 40, **same).nodes[:, -15:].reshape(3, -1)
+    met = [len(set(row.tolist())) for row in nodes]
+    assert min(met) < 16, "fifteen tokens of two walks are too few in some layout"
+    first = next(i for i, n in enumerate(met) if n < 16)
+    with pytest.raises(ValueError, match=f"window: .* layout {first} miss {16 - met[first]} of 16"):
+        deal(organism, GRID, 40, window=15, **same)
+    whole = deal(organism, GRID, 400, window=200, **same)
+    assert all(len(set(row.tolist())) == 16 for row in whole.nodes[:, -200:].reshape(3, -1))
+
+
 def test_labels_count_a_stretch_alone(organism):
     texts = deal(organism, GRID, 20, first=0, n=1, seed=0, walk_seed=1)
     labels = texts.within(5, 8)

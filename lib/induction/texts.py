@@ -42,7 +42,7 @@ class Texts(NamedTuple):
 
 def deal(
     model: TransformersModel, graph: Graph, length: int, *, first: int, n: int, seed: int, walk_seed: int,
-    bos: str = "auto", per_layout: int = 1,
+    bos: str = "auto", per_layout: int = 1, window: int = 0,
 ) -> Texts:  # fmt: skip
     """Texts of the layouts `first` to `first + n`, with fresh walks.
 
@@ -54,12 +54,20 @@ def deal(
         walk_seed: of the walks.
         bos: what opens a text, see `lib.models.bos_id`.
         per_layout: walks of each layout, one after the other.
+        window: last tokens, in which the walks of a layout together must meet every word; 0 asks for nothing.
 
     Raises:
-        ModelError: words that are no single tokens. ValueError: texts longer than the model's positions.
+        ModelError: words that are no single tokens. ValueError: texts longer than the model's positions, a
+            window without one of the words.
     """
     placed = np.repeat(layouts(graph.n_nodes, first + n, seed)[first:], per_layout, axis=0)
     nodes = random_walks(graph, len(placed), length, walk_seed)
+    for i, met in enumerate(nodes[:, length - window :].reshape(n, -1) if window else ()):
+        if missing := sorted(set(range(graph.n_nodes)) - set(met.tolist())):
+            raise ValueError(
+                f"window: the last {window} tokens of layout {first + i} miss {len(missing)} of "
+                f"{graph.n_nodes} words, which then have no mean; take a longer window"
+            )
     words = np.array(word_ids(model, graph.words))[placed]
     ids = with_bos(model, np.take_along_axis(words, nodes, axis=1), bos)
     check_length(model, ids.shape[1])
