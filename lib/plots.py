@@ -439,30 +439,6 @@ def label_cells(image: AxesImage, *, least: float = 0.0) -> AxesImage:
     return image
 
 
-def draw_spectrum(ax: Axes, spectrum: np.ndarray, labels: Sequence[str], *, high: float = 1.0) -> AxesImage:
-    """Mean attention on every offset [head, offset], one labelled row a head; returns the image."""
-    image = ax.imshow(spectrum, vmin=0, vmax=high, aspect="auto", interpolation="nearest")
-    ax.set(xlabel="tokens back", yticks=range(len(labels)), yticklabels=labels)
-    ax.tick_params(axis="y", labelsize=6.5, length=0)
-    return image
-
-
-def draw_directed_means(
-    ax: Axes, means: np.ndarray, pair_means: np.ndarray, *, colour: str = VERMILLION
-) -> Axes:
-    """Join the mean of each pair (a node after a node) to the mean of its later node.
-
-    Args:
-        means: [node, 2].
-        pair_means: [node * node, 2], row now * n_nodes + before; NaN for pairs that do not occur.
-    """
-    seen = np.flatnonzero(np.isfinite(pair_means).all(axis=1))
-    ends = np.stack([means[seen // len(means)], pair_means[seen]], axis=1)  # [pair, 2, 2]
-    ax.add_collection(LineCollection(ends, colors=colour, linewidths=0.8, zorder=1.5))
-    ax.scatter(*pair_means[seen].T, s=7, color=colour, zorder=1.6)
-    return ax
-
-
 def draw_distributions(
     ax: Axes, values: Mapping[str, np.ndarray], *, low: float = -0.5, high: float = 1.5
 ) -> Axes:
@@ -488,31 +464,6 @@ def draw_distributions(
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     return ax
-
-
-def draw_layers(
-    ax: Axes, x: np.ndarray, values: np.ndarray, *, highlight: int, levels: Mapping[str, float] | None = None
-) -> Axes:
-    """One line a layer [layer, point], labelled by number at its end; one layer stands out.
-
-    Depth is shown by shade, the later the darker; with many layers every few are labelled. Set the limits
-    of the y axis first: the labels are spread over it.
-
-    Args:
-        levels: label -> height of a dotted line across the axes, labelled among the others.
-    """
-    every = max(1, len(values) // 8)
-    ends = {}
-    for layer, (row, shade) in enumerate(zip(values, np.linspace(0.6, 0.1, len(values)), strict=True)):
-        chosen = layer == highlight
-        colour = VERMILLION if chosen else f"{shade:.3f}"
-        ax.plot(x, row, color=colour, linewidth=2.6 if chosen else 1.2, zorder=3 if chosen else 2)
-        if chosen or layer % every == 0:
-            ends[f"layer {layer} (read)" if chosen else f"{layer}"] = (row[-1], colour)
-    for name, height in (levels or {}).items():
-        draw_level(ax, height)
-        ends[name] = (height, GREY)
-    return label_ends(ax, x[-1], ends, gap=0.065)
 
 
 def spread(heights: np.ndarray, gap: float) -> np.ndarray:

@@ -286,27 +286,6 @@ def test_head_scores_of_a_large_model_have_few_ticks(ax):
     assert ax.get_yticks().tolist() == ax.get_xticks().tolist() == list(range(0, 32, 4)) and not ax.texts
 
 
-def test_spectrum_has_a_labelled_row_a_head(ax):
-    spectrum = np.random.default_rng(0).random((2, 6))
-    image = plots.draw_spectrum(ax, spectrum, ["3.1", "0.7"], high=0.8)
-    assert np.array_equal(image.get_array(), spectrum) and image.get_clim() == (0, 0.8)
-    assert ax.get_yticks().tolist() == [0, 1] and ax.get_xlabel() == "tokens back"
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["3.1", "0.7"]
-    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    assert (left, right) == (-0.5, 5.5) and bottom > top, "offset k at x = k, the first head on top"
-
-
-def test_mean_of_a_pair_is_joined_to_its_later_node(ax):
-    means = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
-    pairs = np.full((9, 2), np.nan)
-    pairs[0 * 3 + 1], pairs[2 * 3 + 1] = [0.2, 0.1], [0.9, 0.8]  # 0 after 1, and 2 after 1
-    assert plots.draw_directed_means(ax, means, pairs, colour=plots.GREEN) is ax
-    lines, dots = ax.collections
-    drawn = [segment.tolist() for segment in lines.get_segments()]
-    assert drawn == [[[0, 0], [0.2, 0.1]], [[1, 1], [0.9, 0.8]]]
-    assert dots.get_offsets().tolist() == [[0.2, 0.1], [0.9, 0.8]]
-
-
 def test_distributions_stand_one_above_the_other_with_mean_and_name(ax):
     values = {
         "previous word": np.array([0.2, 0.21, 0.9]),
@@ -325,30 +304,3 @@ def test_distributions_stand_one_above_the_other_with_mean_and_name(ax):
         outline = vertices[vertices[:, 1] > -row + 1e-6, 0]  # where there is something
         assert (outline > np.clip(sample.min(), -0.5, 1.5) - 0.06).all()
         assert (outline < np.clip(sample.max(), -0.5, 1.5) + 0.06).all()
-
-
-def test_layers_are_one_line_each_and_the_read_one_stands_out(ax):
-    x, values = np.array([10.0, 20.0, 30.0]), np.arange(12.0).reshape(4, 3)
-    assert plots.draw_layers(ax, x, values, highlight=2) is ax
-    assert [line.get_ydata().tolist() for line in ax.lines] == values.tolist()
-    widths = [line.get_linewidth() for line in ax.lines]
-    assert widths.index(max(widths)) == 2 and len({tuple(line.get_color()) for line in ax.lines}) == 4
-    assert texts(ax) == ["0", "1", "layer 2 (read)", "3"]
-    for text, line in zip(ax.texts, ax.lines, strict=True):
-        assert text.get_color() == line.get_color() and text.xy[0] == 30
-    assert ax.lines[2].get_color() == plots.VERMILLION
-    shades = [float(ax.lines[layer].get_color()) for layer in (0, 1, 3)]
-    assert shades == sorted(shades, reverse=True) and shades[0] < 0.65, "the later the darker"
-
-
-def test_of_many_layers_every_few_are_labelled_and_the_read_one_always(ax):
-    plots.draw_layers(ax, np.arange(2), np.arange(66.0).reshape(33, 2), highlight=26)
-    assert texts(ax) == ["0", "4", "8", "12", "16", "20", "24", "layer 26 (read)", "28", "32"]
-
-
-def test_level_of_layers_is_labelled_among_them(ax):
-    ax.set(ylim=(0, 5))
-    plots.draw_layers(ax, np.arange(2), np.full((2, 2), 3.0), highlight=1, levels={"shuffled": 3.0})
-    heights = sorted(text.xy[1] for text in ax.texts)
-    assert sorted(texts(ax)) == ["0", "layer 1 (read)", "shuffled"] and np.diff(heights).min() > 0.3
-    assert ax.lines[-1].get_linestyle() == ":"
