@@ -2,7 +2,7 @@
 
 `make test` leaves that out, because the models have to be fetched. What `make real` left stands for the fresh
 run where it is whole, and of this code and of the notebook and parameters that are stored. Appendix 3b is
-left out: gradient descent in bfloat16 ends elsewhere on another processor.
+left out: gradient descent in bfloat16 may end elsewhere on another processor.
 """
 
 from __future__ import annotations
