@@ -279,7 +279,6 @@ def labelled_answers(path: Path = LABELS) -> list[Labelled]:
 
 _GREETING = "Say hello.", "Hello! How are you?"  # prompt and answer
 _MOST_FAILURES = 5  # questions in a row without a reply, until a run stops
-_probed: dict[tuple[str, ...], Verdict] = {}  # by endpoint and rubric
 
 
 class OpenAICompatibleJudge:
@@ -310,15 +309,12 @@ class OpenAICompatibleJudge:
         self.endpoint.ready()
 
     def probe(self) -> Verdict:
-        """Ask one tiny question, once in a process: address, model, rights, and the form of the reply.
+        """Ask one tiny question, which tells of address, model, rights, and the form of the reply.
 
         Raises:
             lib.api.ApiError: it got no reply, or one that can not be read, so that no other question would.
         """
-        identity = (*self.endpoint.identity, RUBRIC_VERSION)
-        if identity not in _probed:
-            _probed[identity] = self._greet()
-        return _probed[identity]
+        return self._greet()
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Verdicts in order; the same prompt and answer are asked once.

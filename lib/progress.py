@@ -163,8 +163,8 @@ class _Bar:
         from IPython import get_ipython
 
         publisher = get_ipython().display_pub
-        publisher.publish(data, {}, transient={"display_id": self.id}, update=self.is_there)
-        self.is_there = True
+        update, self.is_there = self.is_there, True  # first: who interrupts once it is shown wants it gone
+        publisher.publish(data, {}, transient={"display_id": self.id}, update=update)
 
 
 class _Lines:
