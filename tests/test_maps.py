@@ -419,7 +419,10 @@ def test_use_of_a_planted_map_is_found(organism, runs):
     edits = maps.map_edits(GRID, known, lacking, runs.texts, removed_at=[2], turned_at=[2],
                            heads=[(3, 0)], share=0.1, seed=0)  # fmt: skip
     names = [edit.name for edit in edits]
-    assert names.count("remove shuffled grids 2") == 2 and "turn everything 2" in names
+    assert len(set(names)) == len(names) == 11 and "turn everything 2" in names
+    bases = edits[names.index("remove shuffled grids 2")].edits[2].basis
+    for text, shuffled in enumerate(maps.MapParts.of(GRID, n_texts=3).shuffled):
+        assert np.allclose(bases[text], maps.pattern_basis(known[2][text], shuffled)), "one of its own each"
     positions = runs.sweep.positions[runs.late]
     edited = ablation_sweep(organism, runs.texts.ids, edits, word_ids=runs.texts.words, n_classes=16,
                             labels=runs.texts.within(40), positions=positions, layers=())  # fmt: skip

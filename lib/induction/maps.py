@@ -50,7 +50,11 @@ def opposite_nodes(graph: Graph) -> np.ndarray | None:
 
 
 def pattern_basis(means: np.ndarray, patterns: np.ndarray) -> np.ndarray:
-    """Orthonormal directions in which word means [..., node, d] vary like patterns [node, k]: [..., k, d].
+    """Orthonormal directions in which word means vary like patterns [..., k, d].
+
+    Args:
+        means: [..., node, d].
+        patterns: [node, k], or of each text [..., node, k].
 
     Raises:
         ValueError: a word without a mean.
@@ -58,7 +62,7 @@ def pattern_basis(means: np.ndarray, patterns: np.ndarray) -> np.ndarray:
     if np.isnan(means).any():
         raise ValueError("a word has no mean to take a map from: take a longer window")
     centred = means - means.mean(-2, keepdims=True)
-    return np.linalg.svd(patterns.T @ centred, full_matrices=False)[2]
+    return np.linalg.svd(np.swapaxes(patterns, -1, -2) @ centred, full_matrices=False)[2]
 
 
 def variance_share(means: np.ndarray, basis: np.ndarray) -> np.ndarray:
@@ -88,7 +92,7 @@ def removal(means: np.ndarray, patterns: np.ndarray, share: float | np.ndarray |
 
     Args:
         means: word means of each text, of other walks than those that are edited [text, node, d].
-        patterns: [node, k].
+        patterns: [node, k], or of each text [text, node, k].
         share: of the variance of the means that is to go, the same for subspaces that are compared; one that
             holds less is taken out whole. None takes out everything.
     """
@@ -104,7 +108,7 @@ def turned(means: np.ndarray, patterns: np.ndarray, image: np.ndarray, nodes: np
 
     Args:
         means: word means of each text, of other walks than those that are edited [text, node, d].
-        patterns: [node, k].
+        patterns: [node, k], or of each text [text, node, k].
         image: of each node, int [node], see `opposite_nodes`.
         nodes: of the texts that are edited [text, token].
     """
@@ -128,19 +132,19 @@ def restored(missing: np.ndarray, patterns: np.ndarray, nodes: np.ndarray) -> Sh
 
 
 class MapParts(NamedTuple):
-    """Patterns over the nodes of a graph, two each [node, 2], by what they are."""
+    """Patterns over the nodes of a graph, two each, by what they are."""
 
-    grid: np.ndarray  # the two smoothest harmonics: its coordinates
-    checkerboard: np.ndarray  # the two roughest
-    shuffled: tuple[np.ndarray, ...]  # grids with their nodes dealt anew
+    grid: np.ndarray  # the two smoothest harmonics: its coordinates [node, 2]
+    checkerboard: np.ndarray  # the two roughest [node, 2]
+    shuffled: np.ndarray  # grids with their nodes dealt anew, for each text [text, node, 2]
 
     @classmethod
-    def of(cls, graph: Graph, *, n_shuffled: int = 2, seed: int = 0) -> MapParts:
+    def of(cls, graph: Graph, *, n_texts: int = 1, seed: int = 0) -> MapParts:
         """The parts of a graph of five nodes or more."""
         waves = graph_harmonics(graph)
         ramps = waves[:, :2]
-        false = tuple(shuffled_patterns(ramps, seed + i) for i in range(n_shuffled))
-        return cls(ramps, waves[:, -2:], false)
+        false = [shuffled_patterns(ramps, seed + i) for i in range(n_texts)]
+        return cls(ramps, waves[:, -2:], np.stack(false))
 
 
 class MapUse(NamedTuple):
@@ -175,31 +179,28 @@ def map_edits(
         share: of the variance of the word means that a removal takes away.
         seed: of shuffled nodes.
     """
-    parts, image, heads = MapParts.of(graph, seed=seed), opposite_nodes(graph), frozenset(heads)
-    dealt = np.random.default_rng(seed).permutation(graph.n_nodes)
-    named = [("grid", 0, parts.grid), ("checkerboard", 0, parts.checkerboard)]
-    named += [("shuffled grids", draw, part) for draw, part in enumerate(parts.shuffled)]
+    parts, image = MapParts.of(graph, n_texts=len(texts.nodes), seed=seed), opposite_nodes(graph)
+    heads, every_word = frozenset(heads), graph_harmonics(graph)
+    dealt = [np.random.default_rng(seed + i).permutation(graph.n_nodes) for i in range(len(texts.nodes))]
+    named = {"grid": parts.grid, "shuffled grids": parts.shuffled, "checkerboard": parts.checkerboard}
     edits = [
-        Condition(f"remove {name} {layer}", (), draw, {layer: removal(known[layer], part, share)})
+        Condition(f"remove {name} {layer}", edits={layer: removal(known[layer], part, share)})
         for layer in removed_at
-        for name, draw, part in named
+        for name, part in named.items()
     ]
-    for name, part in (("grid", parts.grid), ("shuffled grids", parts.shuffled[0])):
+    for name, part in (("grid", parts.grid), ("shuffled grids", parts.shuffled)):
         everywhere = {layer: removal(means, part, share) for layer, means in known.items()}
         edits.append(Condition(f"remove {name} everywhere", edits=everywhere))
     for layer in turned_at:
         means, gap = known[layer], lacking[layer]
-        moves = {
-            "grid": parts.grid,
-            "shuffled grids": parts.shuffled[0],
-            "everything": graph_harmonics(graph),
-        }
+        moves = {"grid": parts.grid, "shuffled grids": parts.shuffled, "everything": every_word}
         for name, part in moves.items() if image is not None else ():
             edit = turned(means, part, image, texts.nodes)
             edits.append(Condition(f"turn {name} {layer}", edits={layer: edit}))
+        reassigned = np.stack([missing[nodes] for missing, nodes in zip(gap, dealt, strict=True)])
         added = {"grid": restored(gap, parts.grid, texts.nodes),
-                 "shuffled grids": restored(gap[:, dealt], parts.grid, texts.nodes),
-                 "everything": restored(gap, graph_harmonics(graph), texts.nodes)}  # fmt: skip
+                 "shuffled grids": restored(reassigned, parts.grid, texts.nodes),
+                 "everything": restored(gap, every_word, texts.nodes)}  # fmt: skip
         for name, edit in added.items():
             edits.append(Condition(f"add {name} {layer}", heads, edits={layer: edit}))
     return edits
