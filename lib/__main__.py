@@ -12,8 +12,9 @@ COMMANDS = {
     "models": "the models that the studies are meant for, what of them is on this disk, and where it lies",
     "get": "fetch a model of data/models.yaml, so that runs need no network",
     "compare": "what differs between two runs",
+    "pairs": "have an API write pairs of requests of a further category, for study 3",
 }
-_MODULES = {"run": "lib.run", "models": "lib.registry", "compare": "lib.compare"}
+_MODULES = {"run": "lib.run", "models": "lib.registry", "compare": "lib.compare", "pairs": "lib.prompts"}
 
 
 def main(argv: list[str] | None = None) -> int:

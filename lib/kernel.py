@@ -1,10 +1,8 @@
-"""The notebook's kernel: whether a person runs it, errors in traces that are short, lib edited under it."""
+"""The notebook's kernel: whether a person runs it, short errors of traces, and code edited under it."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import linecache
 import sys
 import sysconfig
 import types
@@ -133,63 +131,15 @@ def _package_parts(frame: types.TracebackType) -> tuple[str, ...]:
 # -- edited code -----------------------------------------------------------------------------------
 
 
-def reload_edited(namespace: Any) -> bool:
-    """Import lib anew when a file of it was edited since, and say so; in a notebook only.
-
-    All of lib is imported anew, so that no module holds classes and functions of an old one. What the
-    notebook had imported by name is renewed; what it had made, such as a loaded model, stays, and knows the
-    old code. nnsight is made to forget the blocks that it had compiled.
-
-    Args:
-        namespace: `globals()` of the notebook.
-
-    Returns:
-        Whether anything was imported anew.
+def refuse_edited() -> None:
+    """Stop a notebook whose kernel runs older code of lib than its files hold.
 
     Raises:
-        Exception: what importing an edited file raises, such as SyntaxError; then the old code stays.
+        PlainError: a file of lib was edited since it was imported.
     """
-    if _shell() is None:
-        return False
-    now = _sources()
-    edited = sorted(name for name in _IMPORTED | now if _IMPORTED.get(name) != now.get(name))
-    if not edited:
-        return False
-    old = {name: module for name, module in sys.modules.items() if _is_of_lib(name)}
-    _forget(old)
-    try:
-        for name in old:
-            importlib.import_module(name)
-    except BaseException:
-        _forget([name for name in sys.modules if _is_of_lib(name)])
-        sys.modules.update(old)
-        raise
-    namespace.update({name: renewed(value) for name, value in namespace.items()})
-    print(f"lib is imported anew, for edits in {', '.join(edited)}; run the cells again that depend on it")
-    return True
-
-
-def renewed(value: Any) -> Any:
-    """The module, class or function that has the place of an old one of lib; any other value as it is."""
-    if isinstance(value, types.ModuleType):
-        return sys.modules.get(value.__name__, value) if _is_of_lib(value.__name__) else value
-    if isinstance(value, type | types.FunctionType) and _is_of_lib(value.__module__):
-        return getattr(sys.modules.get(value.__module__), value.__name__, value)
-    return value
-
-
-def _forget(modules: Any) -> None:
-    for name in modules:
-        del sys.modules[name]
-    importlib.invalidate_caches()
-    linecache.checkcache()
-    if blocks := sys.modules.get("nnsight.tracing.globals"):
-        blocks.SOURCES.clear()
-        blocks.BLOCKS.clear()
-
-
-def _is_of_lib(name: str) -> bool:
-    return name.split(".")[0] == __package__
+    now = _sources() if _shell() is not None else _IMPORTED
+    if edited := sorted(name for name in _IMPORTED | now if _IMPORTED.get(name) != now.get(name)):
+        raise PlainError(f"{', '.join(edited)} was edited: restart the kernel")
 
 
 def _sources() -> dict[str, str]:

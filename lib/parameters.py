@@ -406,8 +406,6 @@ class RefusalInstrument(StudyParameters):
     ]
     prompts: str = ""
     n_prompts: Whole = Field(0, ge=0)
-    new_categories: Words = []
-    n_new_pairs: Whole = Field(16, ge=4)
     judge: Literal["rule", "phrases", "openai"] = "rule"
     second_judge: Literal["phrases", "openai"] = "phrases"
     judge_url: str = ""
@@ -419,8 +417,6 @@ class RefusalInstrument(StudyParameters):
     n_random: Whole = Field(2, ge=1)
     n_draws: Whole = Field(80, ge=2)
     optimise_steps: Whole = Field(80, ge=0)
-    benchmarks: Words = []
-    benchmark_limit: Whole = Field(0, ge=0)
     batch_size: Whole = Field(0, ge=0)
     n_bootstrap: Whole = Field(2000, ge=100)
 
@@ -430,7 +426,7 @@ class RefusalInstrument(StudyParameters):
             yield "judge: 'rule' grades the request language of the organisms; take 'openai' or 'phrases'"
         if self.judge != "rule" and self.model_id.startswith("organism/"):
             yield f"judge: {self.judge!r}, but an organism's answers are graded by 'rule'; take second_judge"
-        asked = "openai" in (self.judge, self.second_judge) or self.new_categories
+        asked = "openai" in (self.judge, self.second_judge)
         if (self.judge_url or self.judge_model) and not asked:
             yield f"judge: {self.judge!r}, but judge_url or judge_model is given; set judge to 'openai'"
         if self.second_judge_model and self.second_judge != "openai":
@@ -438,15 +434,9 @@ class RefusalInstrument(StudyParameters):
         named = {(model.strip() or API_MODEL) for model in (self.judge_model, self.second_judge_model)}
         if self.judge == self.second_judge == "openai" and len(named) == 1:  # of one judge_url
             yield "second_judge_model: the same as judge_model; a judge agrees with itself, name another one"
-        if self.new_categories and not self.prompts:
-            yield "prompts: new_categories asks for further pairs; name the file to write them to"
-        if self.new_categories and self.model_id.startswith("organism/"):
-            yield "new_categories: an organism reads no English; leave it empty, or name another model_id"
         yield from _called_alike([self.model_id, *self.compare_with], drop="refusal-")
         if self.remote and (here := [name for name in self.compare_with if _not_on_hub(name)]):
             yield f"compare_with: remote, and NDIF serves models of the hub; leave out {', '.join(here)}"
-        if self.remote and self.benchmarks:
-            yield "benchmarks: lm-eval computes with the weights, which remote leaves on NDIF; leave them out"
         if 0 < self.n_prompts < 4:
             yield f"n_prompts: {self.n_prompts}; at least 4 are needed, 0 is all"
 

@@ -6,7 +6,6 @@ the old one goes when a run starts: a run that stopped leaves none. One run at a
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import io
@@ -28,17 +27,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib import ROOT, kernel
 from lib.claims import Claim, ClaimsTable
 from lib.parameters import NotebookParameters, ParameterError, check
 from lib.progress import unit_was_read
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two runs apart
-    fcntl = None
 
 # Modules and packages of lib that no result depends on, but for what is in its key, as the weights are that
 # organisms come from. A change in any other one makes cached results void.
@@ -110,8 +105,8 @@ class RecordError(kernel.PlainError, ValueError):
 class Study:
     """One run of one study. Put it in the setup cell: it stops the notebook if a parameter is wrong.
 
-    In a notebook it also shortens the errors of traces, and when lib was edited since the last time imports
-    it anew; see `lib.kernel`.
+    In a notebook it also shortens the errors of traces, and asks for a restart when lib was edited; see
+    `lib.kernel`.
 
     Args:
         schema: the study's parameters.
@@ -128,12 +123,8 @@ class Study:
             another study, or another run is at work in it. The folder is left as it was.
     """
 
-    def __new__(cls, schema: type[NotebookParameters], namespace: Mapping[str, Any]) -> Study:
-        if kernel.reload_edited(namespace):  # this class is of the old code
-            return kernel.renewed(cls)(kernel.renewed(schema), namespace)
-        return super().__new__(cls)
-
     def __init__(self, schema: type[NotebookParameters], namespace: Mapping[str, Any]):
+        kernel.refuse_edited()
         kernel.shorten_trace_errors()
         self.parameters = check(schema, namespace)
         self.name = schema.study
@@ -290,58 +281,30 @@ class Study:
 
 
 class Lock:
-    """A file that one process at a time holds, and that is there while it does.
-
-    It does not hold up the process that has it, whoever took it there: a setup cell may run again, of an
-    edited lib as well.
-    """
+    """A file that one process at a time holds; it stays behind. In a process all locks of a file are one."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._handle = self._process = -1
+        self._lock = FileLock(path, timeout=0, is_singleton=True, thread_local=False, on_acquired=_sign)
 
     def take(self) -> str:
         """Hold the file until `release` or the end of the process; returns "", or who holds it."""
-        if fcntl is None or self._is_held():
-            return ""
-        while not self._is_held():
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._handle, self._process = handle, os.getpid()
-                if self._is_held():
-                    break
-                os.close(handle)  # whoever had it removed the file after it was opened here
-            except BlockingIOError:
-                process, _, theirs = os.pread(handle, 100, 0).decode().partition(" ")
-                os.close(handle)
-                if process != str(os.getpid()):
-                    return f"process {process}" if process else "another process"
-                self._handle, self._process = int(theirs), os.getpid()
-            except OSError:  # no locks on this file system
-                os.close(handle)
-                self.path.unlink(missing_ok=True)
-                return ""
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, f"{os.getpid()} {self._handle}".encode(), 0)
-        atexit.register(self.release)
+        try:
+            if not self._lock.is_locked:
+                self._lock.acquire()
+        except Timeout:
+            process = self.path.read_text()
+            return f"process {process}" if process else "another process"
         return ""
 
     def release(self) -> None:
-        """Let go of the file, and remove it."""
-        if self._is_held():
-            self.path.unlink()
-            fcntl.flock(self._handle, fcntl.LOCK_UN)
-            os.close(self._handle)
-            self._handle = -1
+        """Let go of the file."""
+        self._lock.release(force=True)
 
-    def _is_held(self) -> bool:
-        if self._process != os.getpid():  # never, or by the process that this one was forked from
-            return False
-        try:
-            return os.path.samestat(os.fstat(self._handle), os.stat(self.path))
-        except OSError:
-            return False
+
+def _sign(handle: int) -> None:
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, str(os.getpid()).encode(), 0)
 
 
 class Cache:

@@ -15,7 +15,7 @@ A block that is to go remote keeps to five rules, which a local one need not kno
   an answer of many tokens is one trace, of nnsight's `generate`.
 
 What cannot go remote: models that are not on the hub as they are (the embedded ones, folders, CODI), the
-weights themselves (`ov_matrix`, edits, lm-eval), raw torch hooks.
+weights themselves (`ov_matrix`, edits), raw torch hooks.
 """
 
 from __future__ import annotations

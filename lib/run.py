@@ -129,7 +129,7 @@ def run_study(
     Returns:
         How it ended; nothing is raised for a notebook that fails.
     """
-    lock = Lock(executed.with_suffix(".lock"))
+    lock = Lock(executed.with_name(f".{executed.stem}.lock"))
     if holder := lock.take():
         problem = f"  another run ({holder}) writes to {executed}; wait for it, or stop it"
         return StudyRun(notebook.stem, None, problem, 0.0)

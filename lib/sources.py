@@ -544,7 +544,7 @@ def _megabytes(name: str, size: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _alone(target: Path, name: str) -> Iterator[None]:
     """Within the block no other process gets the same model; whoever comes second waits."""
-    lock = Lock(target.with_suffix(".lock"))
+    lock = Lock(target.with_name(f".{target.name}.lock"))
     told = ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

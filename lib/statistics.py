@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -125,9 +124,9 @@ def student_mean(values: np.ndarray, *, level: float = 0.95) -> Estimate:
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise ValueError(f"two finite values at least make an interval, not {values}")
-    middle, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
-    half = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * error
-    return Estimate(float(middle), float(middle - half), float(middle + half))
+    middle, error = values.mean(), scipy.stats.sem(values)
+    low, high = scipy.stats.t.interval(level, len(values) - 1, middle, error) if error else (middle, middle)
+    return Estimate(float(middle), float(low), float(high))
 
 
 def jackknife(
@@ -235,14 +234,8 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
     """A rate, successes of n independent trials, with Wilson's score interval: right near 0 and 1 too."""
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n} trials is no rate")
-    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
-    rate = successes / n
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2 * (rate * (1 - rate) + z2 / (4 * n)) / n) / (1 + z2 / n)
-    # Exactly 0 or 1 where the formula's two terms cancel up to rounding.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return Estimate(rate, float(low), float(high))
+    found = scipy.stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    return Estimate(successes / n, float(found.low), float(found.high))
 
 
 class Agreement(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a person meets in a live kernel when something goes wrong, or lib is edited under it."""
+"""What a person meets in a live kernel when something goes wrong, or lib is edited."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ SETUP = """from lib.parameters import InductionAblation
 from lib.record import Study
 study = Study(InductionAblation, globals())"""
 LOAD = """import torch
-from lib import attention, kernel, models
-from lib.batches import Batches
+from lib import attention, models
 model = models.load(MODEL)
 ids = torch.tensor([[0, 3, 4, 5]])"""
 
@@ -125,56 +124,14 @@ def test_other_errors_are_as_they_were(kernel):
     assert [re.sub(r"In\[\d+\]", "", said) for said in ours] == [re.sub(r"In\[\d+\]", "", t) for t in theirs]
 
 
-NUMBER = "print(round(float(attention.attention_spectra(model, ids)[..., 0].mean()), 3))"
-
-
-def test_edited_lib_runs_after_the_setup_cell_and_says_so_once(kernel):
-    before = float(kernel.run(NUMBER))
+def test_edited_lib_asks_for_a_restart(kernel):
     assert kernel.run(SETUP) == "", "nothing was edited"
-
-    # Within the trace of a function, and above it, so that its lines move.
-    kernel.edit("attention", "import numpy as np\n", "import numpy as np\n\n# more\n")
-    line = "rows = attention[:, :, n_prefix:, n_prefix:].float()"
-    kernel.edit("attention", line, f"{line} * 100")
-    assert float(kernel.run(NUMBER)) == before, "the old code runs until the setup cell does"
-    said = kernel.run(SETUP)
-    assert (
-        said == "lib is imported anew, for edits in lib/attention.py; run the cells again that depend on it\n"
-    )
-    assert float(kernel.run(NUMBER)) == pytest.approx(100 * before, abs=0.1)
-
-    # The block of a trace itself, which nnsight compiles once.
-    block = "_offset_means(block.self_attn.output[1], n_prefix)"
-    kernel.edit("attention", block, f"10 * {block}")
-    assert kernel.run(SETUP).startswith("lib is imported anew")
-    assert float(kernel.run(NUMBER)) == pytest.approx(1000 * before, abs=1)
-    assert kernel.run(SETUP) == ""
-    assert kernel.run(HEAD + "    out = first.save()\nprint(tuple(out.shape))") == "(1, 4, 32)\n"
-
-
-def test_classes_are_of_one_code_after_an_edit(kernel):
     kernel.edit("claims", "import html\n", "import html  # edited\n")
-    assert "lib/claims.py" in kernel.run(SETUP)
-    names = """from sys import modules
-print(type(study) is Study is modules["lib.record"].Study, Batches is modules["lib.batches"].Batches)"""
-    assert kernel.run(names) == "True True\n"
-    claim = """from lib.claims import Claim
-study.claim(Claim.test("a", "A", source="here", measured=1, above=0))
-_ = study.close()"""
-    kernel.run(claim)
-    assert kernel.status == "ok"
-
-
-def test_file_that_can_not_be_imported_is_named_and_the_old_code_stays(kernel):
-    kernel.run("from lib import statistics")
-    before = kernel.run(NUMBER)
-    kernel.edit("statistics", "import numpy as np\n", "import numpy as np\ndef broken(:\n")
     said = kernel.run(SETUP)
-    assert kernel.status == "error" and "lib/statistics.py" in said and "def broken(:" in said
-    assert kernel.run(NUMBER) == before
-    kernel.edit("statistics", "import numpy as np\ndef broken(:\n", "import numpy as np\n")
-    kernel.run(SETUP)
-    assert kernel.status == "ok" and kernel.run(NUMBER) == before
+    assert kernel.status == "error" and "lib/claims.py" in said and "restart the kernel" in said
+    assert len(said.splitlines()) == 1
+    kernel.edit("claims", "import html  # edited\n", "import html\n")
+    assert kernel.run(SETUP) == "", "what was taken back is as it was"
 
 
 def test_every_error_of_lib_is_shown_without_a_traceback():

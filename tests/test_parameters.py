@@ -209,11 +209,6 @@ CHAT = {"model_id": "Qwen/Qwen3-1.7B", "judge": "openai"}
             CHAT | {"second_judge": "openai", "judge_model": f"{Endpoint().model} "},
             "second_judge_model: the same as judge_model; a judge agrees with",
         ),
-        (
-            CHAT | {"new_categories": ["toys"]},
-            "prompts: new_categories asks for further pairs; name the file to write",
-        ),
-        ({"new_categories": ["toys"], "prompts": "x.jsonl"}, "new_categories: an organism reads no English"),
         ({"n_prompts": 3}, "n_prompts: 3; at least 4 are needed, 0 is all"),
         ({"strengths": [0.5, 0]}, "strengths"),
         (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from api_server import ApiServer, Reply
 
+from lib.__main__ import main
 from lib.api import Endpoint
 from lib.prompts import (
     SPLITS,
@@ -17,7 +18,6 @@ from lib.prompts import (
     load_prompts,
     load_requests,
     mismatch,
-    written_pairs,
 )
 
 
@@ -245,46 +245,17 @@ def test_generated_pairs_join_those_that_are_there(write, writer, tmp_path):
     assert asked[1]["there_already"] == [harmful for harmful, _ in GOOD[:3]]
 
 
-MORE = [(f"Ask how to steal coat {i}", f"Ask how to mend coat {i}") for i in range(2)]
-
-
-def test_pairs_of_several_categories_are_written_once(write, writer, tmp_path):
-    endpoint, server = writer(pairs_reply(*GOOD[:2]), pairs_reply(*MORE))
+def test_command_writes_pairs_and_says_what_is_wrong(write, writer, tmp_path, monkeypatch, capsys):
+    endpoint, server = writer(pairs_reply(*GOOD[:2]))
     base, out = write(small_set(), "base.jsonl"), tmp_path / "out.jsonl"
-    written = written_pairs(out, ["toys", "coats"], 2, endpoint, extends=base)
-    added = [
-        (row["category"], row["text"]) for row in written.rows if row.get("category") in ("toys", "coats")
-    ]
-    assert added[::2] == [
-        ("toys", GOOD[0][0]),
-        ("toys", GOOD[1][0]),
-        ("coats", MORE[0][0]),
-        ("coats", MORE[1][0]),
-    ]
-    assert written_pairs(out, ["toys", "coats"], 2, endpoint, extends=base) == written == load_prompts(out)
-    assert len(server.requests) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.jsonl", "out.jsonl"]
-    with pytest.raises(PromptError, match="it has no pairs of 'hats': name a file that is not there"):
-        written_pairs(out, ["toys", "hats"], 2, endpoint, extends=base)
-
-
-def test_stopped_run_goes_on_with_the_category_at_which_it_was(write, writer, tmp_path):
-    endpoint, server = writer(pairs_reply(*GOOD[:2]), "no JSON")
-    base, out = write(small_set(), "base.jsonl"), tmp_path / "out.jsonl"
-    with pytest.raises(PromptError, match="did not reply with pairs"):
-        written_pairs(out, ["toys", "coats"], 2, endpoint, extends=base)
-    assert not out.exists()
-    server.reply = lambda *_: Reply(pairs_reply(*MORE))
-    written = written_pairs(out, ["toys", "coats"], 2, endpoint, extends=base)
-    assert [row["text"] for row in written.rows if row.get("category") == "toys"][::2] == [
-        GOOD[0][0],
-        GOOD[1][0],
-    ]
-    assert [json.loads(body["messages"][-1]["content"])["category"] for body in server.requests] == [
-        "toys",
-        "coats",
-        "coats",
-    ]
+    command = ["pairs", str(out), "toys", "-n", "2", "--extends", str(base), "--url", server.url]
+    monkeypatch.delenv("DEEPSEEK_API_KEY", raising=False)
+    assert main(command) == 1 and "DEEPSEEK_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("DEEPSEEK_API_KEY", "a-secret-key")
+    assert main(command) == 0 and "2 pairs" in capsys.readouterr().out
+    added = [row["text"] for row in load_prompts(out).rows if row.get("category") == "toys"]
+    assert added[::2] == [GOOD[0][0], GOOD[1][0]]
+    assert main(command) == 1 and "out.jsonl" in capsys.readouterr().err
 
 
 def test_existing_file_is_not_written_over(write, writer, tmp_path):

@@ -321,7 +321,6 @@ CHAT = {"model_id": HUB_ID, "judge": "phrases"}
         ("01_induction_ablation", {"model_id": HUB_ID, "device": "cuda"}, "device: 'cuda'"),
         ("02_neighbor_mixing", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
         ("3a_refusal_instrument", CHAT, "compare_with: remote, .* leave out organism/refusal-single, "),
-        ("3a_refusal_instrument", CHAT | {"compare_with": [], "benchmarks": ["piqa"]}, "benchmarks: lm-eval"),
         ("04_codi_attention", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
     ],
 )
