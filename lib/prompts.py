@@ -14,10 +14,8 @@ import argparse
 import csv
 import io
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from lib.api import DEEPSEEK, ApiError, Endpoint, NoReply
 from lib.kernel import PlainError
 from lib.models import ORGANISMS
 from lib.parameters import API_MODEL
+from lib.record import write_whole
 
 PAIRS = ROOT / "data" / "prompts" / "pairs.jsonl"
 SPLITS = ("extraction", "selection", "test")  # find directions, choose among them, measure
@@ -235,7 +234,11 @@ def generate_pairs(
             for label, text in zip(("harmful", "safe"), texts, strict=True)
         ]
     _check(path, [(f"{path}, line {i}", row) for i, row in enumerate(rows, start=1)])
-    _write_new(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        write_whole(path, lines.encode(), replace=False)
+    except FileExistsError:
+        raise PromptError(f"{path} {_EXISTS}") from None
     return PromptSet(tuple(rows))
 
 
@@ -337,23 +340,6 @@ def _words(text: str) -> list[str]:
 def _folded(text: str) -> str:
     """What two spellings of one request have in common."""
     return " ".join(_words(text)) or text
-
-
-def _write_new(path: Path, text: str) -> None:
-    """Write a file that does not exist, in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.link(temporary, path)  # unlike a rename, fails when the name was taken meanwhile
-    except FileExistsError:
-        raise PromptError(f"{path} {_EXISTS}") from None
-    finally:
-        Path(temporary).unlink()
 
 
 def main(argv: list[str] | None = None) -> int:

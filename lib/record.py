@@ -496,8 +496,12 @@ def why_not_writable(folder: Path) -> str:
         return f"{folder} can not be written to ({error.strerror or error})"
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file in one step: whoever looks sees the old one, the new one, or none."""
+def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
+    """Write a file in one step: whoever looks sees the old one, the new one, or none.
+
+    Raises:
+        FileExistsError: there is one, and `replace` is off.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     try:
@@ -506,10 +510,12 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
+        if not replace:
+            os.link(temporary, path)  # unlike a rename, fails when the name was taken meanwhile
+        else:
+            os.replace(temporary, path)
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _remove_parts(folder: Path, age: float = 0) -> None:

@@ -8,6 +8,7 @@ headline numbers as the notebooks quote them.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from lib import ROOT, registry
 from lib.claims import Table, number
 from lib.kernel import PlainError
+from lib.record import write_whole
 
 SHIPPED = ROOT / "sweeps" / "seeds" / "between_seeds.csv"
 LADDER = ROOT / "sweeps" / "ladder" / "between_seeds.csv"
@@ -58,13 +60,12 @@ class SeedNumber(NamedTuple):
 
 def write_numbers(path: Path, numbers: Iterable[SeedNumber]) -> None:
     """Write numbers as CSV, in one step."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(SeedNumber._fields)
-        for each in numbers:
-            table.writerow(each._replace(values=json.dumps(each.values), verdicts=json.dumps(each.verdicts)))
-    part.replace(path)
+    file = io.StringIO(newline="")
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(SeedNumber._fields)
+    for each in numbers:
+        table.writerow(each._replace(values=json.dumps(each.values), verdicts=json.dumps(each.verdicts)))
+    write_whole(path, file.getvalue().encode())
 
 
 def read_numbers(path: str | Path = SHIPPED) -> list[SeedNumber]:
