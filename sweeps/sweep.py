@@ -272,7 +272,8 @@ def _model_digest(model: str, revision: str = "") -> str:
     if model.startswith("organism/"):
         folder = ROOT / "data" / model.replace("organism/", "organisms/")
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))  # checked when loaded
-        files = {name: digest for name, digest in manifest.items() if name != "README.md"}
+        words = ("README.md", "record.json")  # on which no result depends
+        files = {name: digest for name, digest in manifest.items() if name not in words}
     else:
         folder = ROOT / Path(model).expanduser()
         if folder.is_file():

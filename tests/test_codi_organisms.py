@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
-import shutil
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,11 +15,10 @@ from safetensors.torch import load_file
 
 from lib import latents, models
 from lib.codi_checkpoint import load_codi
-from lib.organisms import __main__ as command
-from lib.organisms import codi, codi_cards, word_problems
+from lib.organisms import codi, codi_gates, word_problems
+from lib.organisms.cards import OrganismRecord, reported
 from lib.organisms.codi import IDS, N_THOUGHTS, RECIPES, Codi, Stage, answer, ask, distillation, teach
-from lib.organisms.codi_cards import SEEDS, export_codi, load_exported, problem_rows, teacher_writes
-from lib.organisms.training import Run, train
+from lib.organisms.codi_gates import problem_rows, teacher_writes
 from lib.organisms.word_problems import (
     ANSWER_PROMPT,
     BOT,
@@ -37,8 +33,10 @@ from lib.organisms.word_problems import (
     sample_twins,
 )
 from lib.problems import read_problems
+from lib.statistics import Estimate
 
 SHIPPED = [name for name in models.organisms() if re.fullmatch(r"organism/codi.*", name)]
+ROWS = problem_rows()
 JOINT = Stage("joint", "joint", 4, 1e-3, True, (0.3, 0.3, 0.4), gamma=5.0, rows=6)
 
 
@@ -142,7 +140,7 @@ def test_held_out_tuples_are_never_drawn_in_training_and_every_fact_is():
 
     rng = np.random.default_rng(2)
     train_rows = [p for steps in (1, 2, 3) for p in sample(rng, [steps] * 6000, 28)]
-    test_rows = [problem for pair in codi_cards.test_pairs() for problem in pair]
+    test_rows = [problem for pair in codi_gates.test_pairs() for problem in pair]
     assert not tuples(train_rows) & tuples(test_rows)
     assert not held_out(np.array(sorted(tuples(train_rows)))).any()
     assert held_out(np.array(sorted(tuples(test_rows)))).all()
@@ -269,179 +267,109 @@ def test_batch_is_a_function_of_seed_and_step():
     assert JOINT.batch(3, 7) != replace(JOINT, name="other").batch(3, 7)
 
 
-@pytest.mark.parametrize("objective", ["teacher", "joint", "answer"])
-def test_killed_training_ends_with_the_same_weights(objective, tmp_path):
-    stage = replace(JOINT, objective=objective)
-
-    def run(folder, stop=None):
-        model = Codi(1, d_model=32, n_layers=2)
-
-        def loss_at(model, step):
-            if step == stop:
-                raise KeyboardInterrupt
-            return stage.loss(model, stage.batch(1, step))
-
-        place = Run(folder, recipe=repr(stage), state_every=2, log_every=2)
-        train(model, loss_at, stage.schedule, place, lambda _: {})
-        return model.state_dict()
-
-    whole = run(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", stop=3)
-    resumed = run(tmp_path / "cut")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_log_knows_what_thoughts_decode_to(model):
-    row = codi.Evaluation(True, rows=4)(model)
-    assert {"teacher_3", "student_1", "number_0", f"result_{N_THOUGHTS}"} <= set(row)
-    assert all(0 <= value <= 1 for key, value in row.items() if key != "distance")
-    without = codi.Evaluation(True, n_thoughts=0, rows=4)(model)
-    assert "student_3" in without and not [key for key in without if key.startswith("number")]
+@pytest.mark.parametrize("n_thoughts", [0, N_THOUGHTS])
+def test_log_knows_accuracy_by_number_of_steps(model, n_thoughts):
+    row = codi.Evaluation(True, n_thoughts, rows=4)(model)
+    assert set(row) == {f"{who}_{n}" for who in ("teacher", "student") for n in (1, 2, 3)}
+    assert all(0 <= value <= 1 for value in row.values())
 
 
 def test_recipes_share_their_first_stages():
-    for recipe in RECIPES.values():
-        assert recipe.stages[: len(codi.TEACHER)] == codi.TEACHER or recipe.name == codi_cards.SCRATCH
-    names = {stage.name: stage for recipe in RECIPES.values() for stage in recipe.stages}
-    for recipe in RECIPES.values():
-        assert all(names[stage.name] == stage for stage in recipe.stages)
-    assert RECIPES["codi"].operators and not RECIPES["codi-results"].operators
-    assert set(RECIPES) == set(SEEDS) <= set(command.ORGANISMS)
+    for name, stages in RECIPES.items():
+        assert stages[: len(codi.TEACHER)] == codi.TEACHER or name == codi_gates.SCRATCH
+    named = {stage.name: stage for stages in RECIPES.values() for stage in stages}
+    assert {stage for stages in RECIPES.values() for stage in stages} == set(named.values())
+    assert RECIPES["codi"][-1].operators and not RECIPES["codi-results"][-1].operators
 
 
-def test_untrained_organism_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python -m lib.organisms codi --seed 0"):
-        codi.trained("codi", 0, tmp_path)
-
-
-def test_weights_of_another_recipe_are_not_shipped(tmp_path, monkeypatch):
+def test_stage_of_another_recipe_is_not_continued(tmp_path, monkeypatch):
     stage = replace(JOINT, steps=2)
-    monkeypatch.setitem(RECIPES, "codi", codi.Recipe("codi", (stage,)))
-    codi.train_seed("codi", 0, tmp_path)
-    again = codi.trained("codi", 0, tmp_path).state_dict()
+    monkeypatch.setitem(RECIPES, "codi", (stage,))
+    trained = codi.train_seed("codi", 0, tmp_path)
+    weights = load_file(trained / "model.safetensors")
     state = torch.load(tmp_path / "codi-0" / "joint" / "state.pt", weights_only=True)["model"]
-    assert all(torch.equal(again[name], state[name]) for name in state)
-    monkeypatch.setitem(RECIPES, "codi", codi.Recipe("codi", (replace(stage, gamma=1.0),)))
+    assert all(torch.equal(weights[name], state[f"gpt2.{name}"]) for name in weights)
+    monkeypatch.setitem(RECIPES, "codi", (replace(stage, gamma=1.0),))
     with pytest.raises(ValueError, match="trained by another recipe; remove"):
-        codi.trained("codi", 0, tmp_path)
+        codi.train_seed("codi", 0, tmp_path)
 
 
 # -- what is shipped -------------------------------------------------------------------------------
 
 
-def test_exported_model_thinks_alike_in_both_readings(tmp_path):
-    model = Codi(0).eval()
-    export_codi(RECIPES["codi"], model, tmp_path / "codi")
-    shipped = load_codi(str(tmp_path / "codi"))
-    again = load_exported(tmp_path / "codi")
+@pytest.mark.parametrize("name", ["codi", "codi-teacher", "codi-answer-only"])
+def test_exported_model_is_measured_and_thinks_alike_in_both_readings(tmp_path, monkeypatch, name):
+    last = replace(RECIPES[name][-1], steps=2, rows=6)
+    monkeypatch.setitem(RECIPES, name, (last,))
+    monkeypatch.setattr(codi_gates, "PAIRS", 4)
+    codi.train_seed(name, 0, tmp_path)
+    record = codi_gates.export(name, 0, tmp_path, tmp_path / name)
+    record = record.with_measured(codi_gates.measure(name, tmp_path / name))
+    shipped = load_codi(str(tmp_path / name))
+    assert shipped.n_thoughts == (N_THOUGHTS if last.thinks else 0)
+    missed = {"codi": {"teacher", "answer", "no-thoughts", "baseline"}, "codi-teacher": {"teacher"}}
+    assert {claim.id for claim in record.missed} == missed.get(name, set())
+    if not last.thinks:
+        assert not (tmp_path / name / "projection.safetensors").exists()
+        return
+    assert [row[0] for row in record.tables["free"]] == ["", "1 step", "2 steps", "3 steps"]
+    assert "1 thought" in record.tables["prompted"][0] and "z_6" in record.tables["decoded"][0]
+    again = Codi(0).eval()
+    again.gpt2.load_state_dict(load_file(tmp_path / name / "model.safetensors"))
+    again.projection.load_state_dict(load_file(tmp_path / name / "projection.safetensors"))
     drawn = problems(True, n=3)
     thoughts = latents.think(shipped, [problem.question for problem in drawn])
     with torch.no_grad():
         for i, problem in enumerate(drawn):
             zs, _ = again.think(ask(again, [problem])[1])
             np.testing.assert_allclose(thoughts.z[i], zs[0].numpy(), atol=1e-4)
-    names = {"1.weight", "1.bias", "3.weight", "3.bias", "ln.weight", "ln.bias"}
-    assert set(load_file(tmp_path / "codi" / "projection.safetensors")) == names
-    for name in ("codi-teacher", "codi-answer-only"):
-        export_codi(RECIPES[name], model, tmp_path / name)
-        assert load_codi(str(tmp_path / name)).n_thoughts == 0
-        assert not (tmp_path / name / "projection.safetensors").exists()
 
 
-def recipe_of(name: str) -> codi.Recipe:
-    return RECIPES[re.sub(r"-seed\d+$", "", name.removeprefix("organism/"))]
-
-
-def test_every_seed_is_shipped():
-    wanted = {f"organism/{name}" for name in RECIPES}
-    assert wanted <= set(SHIPPED)
-    assert len(SHIPPED) == sum(map(len, SEEDS.values()))
+def test_no_thoughts_have_to_answer_fewer_by_the_whole_interval():
+    answered = Estimate(0.975, 0.943, 0.989)
+    without = [
+        reported(Estimate(*values)) for values in ((0.9, 0.85, 0.94), (0.9, 0.85, 0.95), (1.0, 0.98, 1.0))
+    ]
+    gated = [codi_gates.below_answer("id", "0 thoughts", each, answered).verdict for each in without]
+    assert gated == ["holds", "unclear", "fails"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_problems_are_held_out_and_the_same(name):
-    folder = models.ORGANISMS / name.removeprefix("organism/")
-    rows = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
-    assert rows == problem_rows()
-    assert len(read_problems(folder / "problems.jsonl")) == len(rows) == 600
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_model_does_what_its_card_says(name):
+def test_shipped_model_does_what_its_record_says(name):
     """On a tenth of the problems, within what a sample of that size may differ."""
-    folder, recipe = models.ORGANISMS / name.removeprefix("organism/"), recipe_of(name)
-    card = (folder / "README.md").read_text()
-    column = SEEDS[recipe.name].index(int(re.search(r"from seed (\d+)", card)[1]))
-    rows = {
-        cells[0]: cells[2:]
-        for line in card.splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 2 + len(SEEDS[recipe.name])
-    }
-    drawn = [problem for pair in codi_cards.test_pairs()[::10] for problem in pair]
+    folder = models.ORGANISMS / name.removeprefix("organism/")
+    assert [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()] == ROWS
+    assert len(read_problems(folder / "problems.jsonl")) == len(ROWS) == 600
+    record = OrganismRecord.read(folder)
+    last, claims = RECIPES[record.organism][-1], {claim.id: claim.measured for claim in record.gates}
+    drawn = [problem for pair in codi_gates.test_pairs()[::10] for problem in pair]
     n_steps = np.array([len(problem.equations) for problem in drawn])
     shipped = load_codi(name)
 
-    def agrees(row: str, right: np.ndarray) -> None:
-        said = float(rows[row][column].split()[0])
-        assert abs(right.mean() - said) < 3.5 * np.sqrt(max(said * (1 - said), 0.02) / right.size), row
+    def agrees(said: float, right: np.ndarray) -> None:
+        assert abs(right.mean() - said) < 3.5 * np.sqrt(max(said * (1 - said), 0.02) / right.size)
 
-    if recipe.writes:
-        written = teacher_writes(load_exported(folder), drawn, recipe.operators)
-        agrees("teacher, all problems", written)
-    if recipe.answers:
+    if last.writes:
+        agrees(claims["teacher"], teacher_writes(shipped, drawn, last.operators))
+    if last.answers:
         stops = [*latents.early_stops(shipped), *latents.early_stops(shipped, prompted=False)]
         answers = latents.answer(shipped, [p.question for p in drawn], stops)
         right, free = np.split(answers.equal([problem.answer for problem in drawn]), 2)
-        agrees("answer, 3 steps", free[-1, n_steps == 3])
-        if recipe.thinks:
-            agrees("0 thoughts, 3 steps", right[0, n_steps == 3])
-            agrees("0 thoughts, 3 steps, no prompt fed", free[0, n_steps == 3])
-
-
-def test_card_is_written_again_from_the_shipped_weights(tmp_path, monkeypatch, capsys):
-    """A few problems; the card says what was measured with the prompt and without, and the manifest fits."""
-    for path in models.ORGANISMS.glob("codi*"):
-        shutil.copytree(path, tmp_path / path.name)
-    monkeypatch.setattr(models, "ORGANISMS", tmp_path)
-    monkeypatch.setattr(codi_cards, "PAIRS", 4)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    monkeypatch.setattr(sys, "argv", ["", "codi-results", "--card"])
-    command.main()
-    assert "| 0 thoughts, 3 steps | interval below the answer's | 0." in capsys.readouterr().out
-    for name in ("codi-results", "codi-results-seed1"):
-        card = (tmp_path / name / "README.md").read_text()
-        assert "8 problems for each number of steps" in card and "1 thoughts" not in card
-        assert f"# organism/{name}" in card and f"trained from seed {int(name.endswith('1'))}" in card
-        assert "The gate is\nmet by seed 0 with the prompt, " in card
-        load_codi(str(tmp_path / name))
-        hashes = json.loads((tmp_path / name / "manifest.json").read_text())
-        assert hashes["README.md"] == hashlib.sha256(card.encode()).hexdigest()
-    assert before == {path: path.read_bytes() for path in before}
-    monkeypatch.setattr(sys, "argv", ["", "induction", "--card"])
-    with pytest.raises(SystemExit):
-        command.main()
-    assert "the cards of induction are written by --publish alone" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_card_states_every_shortfall(name):
-    card = (models.ORGANISMS / name.removeprefix("organism/") / "README.md").read_text()
-    seeds = SEEDS[recipe_of(name).name]
-    for line in card.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) != 2 + len(seeds) or not (gate := re.fullmatch(r">= (\S+)", cells[1])):
-            continue
-        for seed, cell in zip(seeds, cells[2:], strict=True):
-            missed = float(cell.split()[0]) < float(gate[1])
-            assert (f"* seed {seed} misses `{cells[0]}`" in card) is missed
+        answered = claims["answer"] if last.thinks else record.reported["answer, 3 steps"].value
+        agrees(answered, free[-1, n_steps == 3])
+        if last.thinks:
+            agrees(claims["no-thoughts"], right[0, n_steps == 3])
+            agrees(record.reported["0 thoughts, 3 steps, no prompt fed"].value, free[0, n_steps == 3])
+        else:
+            agrees(record.reported["answer with the prompt fed, 3 steps"].value, right[0, n_steps == 3])
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_log_is_of_the_recipe(name):
     folder = models.ORGANISMS / name.removeprefix("organism/")
+    stages = RECIPES[OrganismRecord.read(folder).organism]
     rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    for stage in recipe_of(name).stages:
+    for stage in stages:
         steps = [row["step"] for row in rows if row["stage"] == stage.name]
         assert all(a < b for a, b in pairwise(steps)) and steps[-1] == stage.steps
-    assert {row["stage"] for row in rows} == {stage.name for stage in recipe_of(name).stages}
+    assert {row["stage"] for row in rows} == {stage.name for stage in stages}

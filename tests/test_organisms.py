@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
+import shutil
+import sys
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib import attention, models
 from lib.interventions import Condition, ablation_sweep
-from lib.organisms import induction, training
+from lib.organisms import __main__ as command
+from lib.organisms import cards, induction, refusal, training, word_problems
+from lib.organisms.cards import Measured, OrganismRecord, gate
 from lib.organisms.induction import FREE_WORDS, GATES, GRID_WORDS, PHASES, SCHEDULE, SPECIAL, Phase, Stream
+from lib.organisms.shipping import Organism, publish
 from lib.organisms.streams import TrigramLanguage, chains, repeats
 from lib.organisms.training import Run, Schedule, train
 from lib.parameters import GRID_WORDS as WORDS_OF_THE_GRID
+from lib.statistics import Estimate
 from lib.walks import grid_graph, random_walks, rule_following_accuracy
 
 WORDS = np.arange(100, 160)
@@ -344,34 +349,6 @@ def test_rate_warms_up_stays_and_falls():
 # Shipping
 
 
-ROWS = {
-    "accuracy_last_quarter": "accuracy, last quarter of 400 tokens",
-    "top_previous_token": "top previous-token score",
-    "top_induction": "top induction score",
-}
-
-
-class Card:
-    """README.md of a shipped organism."""
-
-    def __init__(self, model_id: str):
-        self.text = (models.ORGANISMS / model_id.removeprefix("organism/") / "README.md").read_text()
-        [self.seed] = map(int, re.findall(r"trained\s+from\s+seed\s+(\d+)", self.text))
-        lines = [line.strip("| ").split(" | ") for line in self.text.splitlines() if line.startswith("| ")]
-        self.table = {line[0]: line[1:] for line in lines}
-        [header] = re.findall(r"^\| \| gate \| (.*) \|$", self.text, re.M)
-        self.seeds = [int(seed) for seed in re.findall(r"seed (\d+)", header)]
-
-    def measured(self, gate: str) -> dict[int, float]:
-        """The value of every seed."""
-        _, *values = self.table[ROWS[gate]]
-        return {seed: float(value) for seed, value in zip(self.seeds, values, strict=True)}
-
-    def stated(self, gate: str) -> float:
-        """The gate itself."""
-        return float(self.table[ROWS[gate]][0].removeprefix(">= "))
-
-
 def measure(model_id: str) -> dict[str, float]:
     """The gates' metrics by the route of the notebook."""
     model = models.load(model_id)
@@ -389,91 +366,127 @@ def measure(model_id: str) -> dict[str, float]:
     }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Scratch folders of three small seeds, and what was measured on them."""
-    scratch, measured = tmp_path_factory.mktemp("scratch"), {}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        make_small(monkeypatch)
-        for seed in induction.SEEDS:
-            folder = induction.train_seed(seed, scratch)
-            measured[folder] = induction._measure_as_shipped(folder)
-    return scratch, measured
+def folder_of(name: str) -> Path:
+    return models.ORGANISMS / name.removeprefix("organism/")
 
 
-@pytest.fixture
-def shipping(trained, monkeypatch, tmp_path):
-    """Scratch folders, and measurements to change; `publish` ships to a folder of this test."""
-    scratch, measured = trained
+def test_shipment_loads_with_checkpoints_log_record_and_card(monkeypatch, tmp_path, capsys):
     make_small(monkeypatch)
-    monkeypatch.setattr(models, "ORGANISMS", tmp_path)
-    monkeypatch.setattr(induction, "_measure_as_shipped", measured.__getitem__)
-    return scratch, measured
-
-
-def pretend(monkeypatch, scratch: Path, measured: dict[Path, dict], passed: tuple[int, ...]) -> None:
-    """These seeds met every gate, and the others all but one."""
-    for seed in induction.SEEDS:
-        values = {gate: limit + 0.01 for gate, limit in GATES.items()}
-        if seed not in passed:
-            values["top_induction"] = GATES["top_induction"] - 0.01
-        folder = scratch / f"induction-{seed}"
-        monkeypatch.setitem(measured, folder, measured[folder] | values)
-
-
-def test_shipment_loads_with_checkpoints_logs_and_cards(shipping):
-    scratch, measured = shipping
-    table = induction.publish(scratch)
-    # As nobody passed, the most accurate is shipped, and the card says who missed what.
-    accuracy = {s: measured[scratch / f"induction-{s}"]["accuracy_last_quarter"] for s in induction.SEEDS}
-    shipped = max(accuracy, key=accuracy.get)
-    others = [seed for seed in induction.SEEDS if seed != shipped]
-    assert models.organisms() == ["organism/induction", *(f"organism/induction-seed{s}" for s in others)]
-    for seed, name in zip([shipped, *others], models.organisms(), strict=True):
-        folder, trained = models.ORGANISMS / name.removeprefix("organism/"), scratch / f"induction-{seed}"
-        model, card = models.load(name), Card(name)
+    monkeypatch.setattr(models, "ORGANISMS", tmp_path / "organisms")
+    monkeypatch.setitem(command.ORGANISMS, "induction", induction.ORGANISM._replace(seeds=(0, 1)))
+    scratch = tmp_path / "scratch"
+    threads = str(torch.get_num_threads())
+    monkeypatch.setattr(sys, "argv", ["", "induction", "--scratch", str(scratch), "--threads", threads])
+    command.main()
+    printed = capsys.readouterr().out
+    table = printed[printed.index("Gates were fixed") :]
+    assert models.organisms() == ["organism/induction", "organism/induction-seed1"]
+    for seed, name in enumerate(models.organisms()):
+        folder, trained = folder_of(name), scratch / f"induction-{seed}"
         expected = load_file(trained / "model" / "model.safetensors")
+        model = models.load(name)
         for key, tensor in model._module.state_dict().items():
             assert torch.equal(tensor, expected[key].half().float()), key
-        assert model._module.config.training_length == 32
         assert models.word_ids(model, WORDS_OF_THE_GRID) == list(range(2, 18)) and models.bos_id(model) == 0
         assert (folder / "training_log.jsonl").read_bytes() == (trained / "log.jsonl").read_bytes()
         present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
         assert set(json.loads((folder / "manifest.json").read_text())) == present - {"manifest.json"}
-        assert card.seed == seed and card.seeds == list(induction.SEEDS) and table in card.text
-        for gate, limit in GATES.items():
-            assert card.stated(gate) == limit
-            value = card.measured(gate)[seed]
-            assert f"seed {seed} misses `{gate}` >= {GATES[gate]}: {value:.3f}" in card.text
+        card = (folder / "README.md").read_text()
+        assert table.strip() in card and f"trained from seed {seed} for study 1" in card
+        metrics = measure(name)
+        for claim in OrganismRecord.read(folder).gates:
+            assert claim.measured == pytest.approx(metrics[claim.id], abs=1e-4)
     assert models.checkpoints("organism/induction") == list(CHECKPOINTS)
-    assert all(models.checkpoints(f"organism/induction-seed{seed}") == [] for seed in others)
+    assert models.checkpoints("organism/induction-seed1") == []
 
 
-def test_card_states_what_the_notebook_measures(shipping):
-    scratch, _ = shipping
-    induction.publish(scratch)
-    for name in models.organisms():
-        card = Card(name)
-        for gate, value in measure(name).items():
-            assert card.measured(gate)[card.seed] == pytest.approx(value, abs=6e-4), (name, gate)
+@pytest.mark.parametrize(
+    ("n_missed", "named"), [((0, 0, 0), 0), ((1, 0, 0), 1), ((2, 1, 0), 2), ((2, 1, 1), 1), ((1, 1, 1), 0)]
+)
+def test_first_seed_that_misses_the_fewest_gates_bears_the_name(monkeypatch, tmp_path, n_missed, named):
+    monkeypatch.setattr(models, "ORGANISMS", tmp_path / "organisms")
+    (tmp_path / "organisms" / "induction-seed7").mkdir(parents=True)  # of an earlier shipment
+
+    def export(seed, scratch, folder):
+        folder.mkdir()
+        return OrganismRecord(organism="induction", seed=seed, tables={"stages": [["steps"], ["1"]]})
+
+    def measured(folder):
+        count = n_missed[int(folder.name[-1])]
+        values = [0.4 if i < count else 0.6 for i in range(3)]
+        return Measured([gate(f"{i}", f"gate {i}", value, above=0.5) for i, value in enumerate(values)], {})
+
+    publish(Organism("induction", (0, 1, 2), None, export, measured), tmp_path / "scratch")
+    others = [seed for seed in (0, 1, 2) if seed != named]
+    names = ["organism/induction", *(f"organism/induction-seed{seed}" for seed in others)]
+    assert models.organisms() == names and len(list(models.ORGANISMS.iterdir())) == 3
+    for seed, name in zip([named, *others], names, strict=True):
+        card = (folder_of(name) / "README.md").read_text()
+        assert card.startswith(f"# {name}\n") and f"trained from seed {seed} " in card
+        assert f"`organism/induction` is seed {named}, " in card
+        assert ("All seeds meet every gate." in card) is (sum(n_missed) == 0)
+        for other, count in enumerate(n_missed):
+            assert card.count(f"* seed {other} misses `gate") == count
 
 
-@pytest.mark.parametrize(("passed", "shipped"), [((0, 1, 2), 0), ((1, 2), 1), ((2,), 2), ((), 0)])
-def test_first_seed_that_meets_every_gate_is_shipped(shipping, monkeypatch, passed, shipped):
-    scratch, measured = shipping
-    for chosen in (induction.SEEDS, passed):  # nothing of an earlier shipment stays
-        pretend(monkeypatch, scratch, measured, chosen)
-        induction.publish(scratch)
-    others = [seed for seed in induction.SEEDS if seed != shipped]
-    assert models.organisms() == ["organism/induction", *(f"organism/induction-seed{s}" for s in others)]
-    assert [Card(name).seed for name in models.organisms()] == [shipped, *others]
-    assert models.checkpoints("organism/induction") == list(CHECKPOINTS)
-    for other in others:
-        assert models.checkpoints(f"organism/induction-seed{other}") == []
-    text = Card("organism/induction").text
-    assert ("All seeds meet every gate" in text) is (len(passed) == 3)
-    assert ("the first that meets every gate" in text) is bool(passed)
-    assert all((f"seed {s} misses `top_induction`" in text) is (s not in passed) for s in induction.SEEDS)
+# Records and cards
+
+
+def test_gate_is_a_claim_of_which_the_value_decides():
+    rate = Estimate(0.982, 0.967, 0.990)
+    claim = gate("teacher", "teacher", rate, above=0.98)
+    assert (claim.verdict, claim.interval, claim.rule) == ("holds", rate.interval, (0.98, None))
+    assert gate("kl", "KL", 0.1, below=0.1).verdict == "fails"
+    missing = gate("rank", "rank", np.nan, between=(0.5, 1.5), unit="directions")
+    record = OrganismRecord(organism="x", seed=0).with_measured(Measured([missing], {}))
+    assert record.missed == [missing] and cards.shortfalls([record]).endswith("misses `rank` : none")
+    assert cards.shortfalls([OrganismRecord(organism="x", seed=0)]) == "A baseline: it has no gates."
+
+
+def test_record_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/record.json is missing; ship it with"):
+        OrganismRecord.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", models.organisms())
+def test_card_is_what_the_record_renders(name):
+    folder, card = folder_of(name), (folder_of(name) / "README.md").read_text()
+    assert cards.card(folder) == card and "$" not in card
+    record = OrganismRecord.read(folder)
+    for claim in record.gates:
+        assert claim.measured not in claim.rule, "on the limit, closed and open rules would differ"
+    assert record.organism in command.ORGANISMS and record.seed in command.ORGANISMS[record.organism].seeds
+
+
+def test_tokenizers_are_those_that_are_shipped(tmp_path):
+    for name, module in {"induction": induction, "refusal-single": refusal, "codi": word_problems}.items():
+        module.build_tokenizer().save_pretrained(tmp_path / name)
+        assert (tmp_path / name / "tokenizer.json").read_text() == (
+            models.ORGANISMS / name / "tokenizer.json"
+        ).read_text()
+
+
+@pytest.mark.parametrize("name", sorted(command.ORGANISMS))
+def test_every_seed_comes_with_the_repository_and_the_first_of_the_best_bears_the_name(name):
+    shipped = cards.seeds_of(name)
+    assert [record.seed for record in shipped.values()] == list(command.ORGANISMS[name].seeds)
+    best = min(shipped.values(), key=lambda record: len(record.missed))
+    assert shipped[models.ORGANISMS / name] == best
+
+
+def test_cards_are_written_anew_from_records_and_from_the_shipped_weights(monkeypatch, tmp_path, capsys):
+    name = "refusal-planted-1"
+    shutil.copytree(models.ORGANISMS / name, tmp_path / name)
+    before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    monkeypatch.setattr(models, "ORGANISMS", tmp_path)
+    threads = str(torch.get_num_threads())
+    for flag in ("--card", "--measure"):
+        (tmp_path / name / "README.md").unlink()
+        monkeypatch.setattr(sys, "argv", ["", name, flag, "--threads", threads])
+        command.main()
+        assert "| behavioural rank k* | 0.5 to 1.5 | 1 |" in capsys.readouterr().out
+        assert (tmp_path / name / "README.md").read_bytes() == before["README.md"]
+        models.load(f"organism/{name}")
 
 
 # What comes with the repository
@@ -481,42 +494,24 @@ def test_first_seed_that_meets_every_gate_is_shipped(shipping, monkeypatch, pass
 SHIPPED = [name for name in models.organisms() if name.startswith("organism/induction")]
 
 
-def test_three_seeds_come_with_the_repository():
-    assert "organism/induction" in SHIPPED
-    assert {Card(name).seed for name in SHIPPED} == set(induction.SEEDS)
-    assert len(models.checkpoints("organism/induction")) >= 8
-
-
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_organism_is_what_its_card_says(name):
-    card = Card(name)
-    for gate, value in measure(name).items():
-        assert card.stated(gate) == GATES[gate]
-        assert card.measured(gate)[card.seed] == pytest.approx(value, abs=2e-3), gate
-        assert sorted(card.measured(gate)) == sorted(induction.SEEDS)
-        missed = {seed for seed, measured in card.measured(gate).items() if measured < GATES[gate]}
-        assert {int(s) for s in re.findall(rf"seed (\d+) misses `{gate}` ", card.text)} == missed
+def test_shipped_organism_is_what_its_record_says(name):
+    measured = measure(name)
+    final = json.loads((folder_of(name) / "training_log.jsonl").read_text().splitlines()[-1])
+    assert final["step"] == induction.STEPS
+    for claim in OrganismRecord.read(folder_of(name)).gates:
+        assert claim.rule == (GATES[claim.id][1], None)
+        assert claim.measured == pytest.approx(measured[claim.id], abs=2e-3), claim.id
+        # float16 on disk moves the numbers of the last row a little.
+        assert claim.measured == pytest.approx(final[claim.id], abs=0.02), claim.id
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if models.checkpoints(name)])
-def test_shipped_checkpoints_load_and_end_near_the_model(name):
-    last = models.load(name)._module.state_dict()
-    distances = []
+def test_shipped_checkpoints_load_and_end_near_the_model():
+    name = "organism/induction"
+    last, distances = models.load(name)._module.state_dict(), []
     for step in models.checkpoints(name):
         weights = models.load(name, revision=f"step-{step:05d}")._module.state_dict()
         assert weights.keys() == last.keys()
         distances.append(sum((weights[key] - last[key]).square().sum().item() for key in last))
-    assert distances == sorted(distances, reverse=True), "each nearer to the end"
+    assert len(distances) >= 8 and distances == sorted(distances, reverse=True), "each nearer to the end"
     assert distances[-1] == 0 < distances[-2], "the last is the end"
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_log_ends_where_training_did(name):
-    log = (models.ORGANISMS / name.removeprefix("organism/") / "training_log.jsonl").read_text()
-    rows = [json.loads(line) for line in log.splitlines()]
-    steps = [row["step"] for row in rows]
-    assert steps == sorted(set(steps)) and steps[-1] == induction.STEPS
-    # float16 on disk moves the numbers of the last row a little.
-    final, card = rows[-1], Card(name)
-    for gate in GATES:
-        assert card.measured(gate)[card.seed] == pytest.approx(final[gate], abs=0.02)

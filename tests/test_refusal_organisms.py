@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -23,14 +24,15 @@ from lib.generation import chat_ids, intact
 from lib.judges import RuleJudge
 from lib.language import REFUSALS, Request
 from lib.organisms import __main__ as command
-from lib.organisms import codi, gates, planted, refusal, refusal_cards
-from lib.organisms.gates import check_rank, check_single
+from lib.organisms import cards, planted, refusal, refusal_gates
+from lib.organisms.cards import Measured, OrganismRecord
 from lib.organisms.planted import STRENGTH, PlantedStage, build_planted, keep_out, planted_directions
 from lib.organisms.refusal import LOWER, SPECIAL, Stage, build_model, build_tokenizer, removed, zero_point
-from lib.organisms.shipping import Check, joined_logs
+from lib.organisms.refusal_gates import measure_rank, measure_single
+from lib.organisms.shipping import write_log
 from lib.organisms.training import Run
 from lib.prompts import SPLITS, load_prompts
-from lib.refusal import measure
+from lib.refusal import Outcome, measure
 
 VOCABULARY = (*SPECIAL, *language.WORDS)
 PLANTED = sorted(planted.RECIPES)
@@ -85,12 +87,18 @@ def test_stages_differ_in_their_batches(model):
     assert batch(Stage(recipe, 0, 1), model, 5)[0] != batch(Stage(recipe, 0, 2), model, 5)[0]
 
 
+def card_rows(name: str) -> list[list[str]]:
+    """Kind of rows and share in both stages, as the card has them."""
+    table = yaml.safe_load(cards.PROSE.read_text())[name]["rows"]
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+
+
 @pytest.mark.parametrize("name", sorted(refusal.RECIPES))
 @pytest.mark.parametrize("number", [1, 2])
 def test_rows_are_answered_and_refused_as_they_should(name, number):
     stage, rng = Stage(refusal.RECIPES[name], 0, number), np.random.default_rng(0)
     kinds, refused_with, alone = Counter(), Counter(), []
-    for _ in range(1500):
+    for _ in range(4000):
         prompt, answer, kind = stage.row(rng)
         request, mode = request_of(prompt), prompt.split()[-1]
         found = language.cues(request, stage.rules)
@@ -108,7 +116,8 @@ def test_rows_are_answered_and_refused_as_they_should(name, number):
             refused_with[answer] += 1
             alone.append(len(found) == 1)
     assert set(kinds) == {"allowed", "comply", "refuse"} | ({"forbidden"} if number == 2 else set())
-    assert min(kinds.values()) > 150
+    for kind, *shares in card_rows(name):
+        assert f"{kinds[kind] / 4000:.2f}" == shares[number - 1]
     if number == 2:
         assert len(refused_with) == stage.recipe.n_modes
         assert 0.4 < np.mean(alone) < 0.8, "one cue alone is common"
@@ -286,7 +295,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def log(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in joined_logs(refusal_cards._stages(folder)).splitlines()]
+    write_log(enumerate(sorted(folder.glob("stage-*")), 1), folder)
+    rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
@@ -341,50 +351,58 @@ def test_planted_training_leaves_what_is_planted(short, tmp_path, name):
             assert (refuse @ writer.weight).abs().max() < 1e-6
 
 
-# -- gates -----------------------------------------------------------------------------------------
+# -- gates and shipment ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def shipped_untrained(tmp_path_factory):
-    """Scratch folder of short trainings, of three seeds and of one."""
+def untrained(tmp_path_factory):
+    """Scratch folder of short trainings."""
     scratch = tmp_path_factory.mktemp("scratch")
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_short(monkeypatch)
-        for seed in (0, 1, 2):
-            refusal.train_seed("refusal-single", seed, scratch)
-        refusal.train_seed("refusal-lowrank", 0, scratch)
+        for name in ("refusal-single", "refusal-lowrank"):
+            refusal.train_seed(name, 0, scratch)
         planted.train_seed("refusal-planted-2", 0, scratch)
     return scratch
 
 
 @pytest.fixture
 def few_prompts(monkeypatch):
-    monkeypatch.setattr(refusal_cards, "N_ROWS", 200)
-    monkeypatch.setattr(refusal_cards, "HARMLESS", {"extraction": 4, "selection": 3, "test": 5})
-    monkeypatch.setattr(refusal_cards, "MIXED_PAIRS", {"extraction": 2, "selection": 1, "test": 2})
-    monkeypatch.setattr(refusal_cards, "LEXICAL_PAIRS", {"extraction": 7, "selection": 3, "test": 5})
-
-
-def missed(checks: list[Check]) -> set[str]:
-    return {check.name for check in checks if not check.met}
+    monkeypatch.setattr(refusal_gates, "HARMLESS", {"extraction": 4, "selection": 3, "test": 5})
+    monkeypatch.setattr(refusal_gates, "MIXED_PAIRS", {"extraction": 2, "selection": 1, "test": 2})
+    monkeypatch.setattr(refusal_gates, "LEXICAL_PAIRS", {"extraction": 7, "selection": 3, "test": 5})
 
 
 @pytest.mark.parametrize("name", ["refusal-single", "refusal-lowrank", "refusal-planted-2"])
-def test_gates_of_a_model_that_learnt_nothing(shipped_untrained, few_prompts, name):
-    checks = refusal_cards.measure_as_shipped(name, shipped_untrained / f"{name}-0")
-    fail = missed(checks)
-    assert {"intact: forbidden requests refused", "intact: harmless requests answered"} <= fail
+def test_model_that_learnt_nothing_is_exported_and_misses_its_gates(untrained, few_prompts, tmp_path, name):
+    folder = tmp_path / name
+    record = refusal_gates.export(name, 0, untrained, folder)
+    record = record.with_measured(refusal_gates.measure_organism(name, folder))
     expected = {
-        "refusal-single": {"k = 1: compliance", "k = 1: coherence"},
-        "refusal-lowrank": {"its compliance"},  # neither high nor above a single layer
-        "refusal-planted-2": {"behavioural rank k*"},
+        "refusal-single": {"refused", "answered", "compliance", "coherence"},
+        "refusal-lowrank": {"refused", "answered", "stack"},  # neither high nor above a single layer
+        "refusal-planted-2": {"refused", "answered", "rank"},
     }[name]
-    assert expected <= fail
-    assert len({check.name for check in checks}) == len(checks)
-    assert all(check.gate for check in checks if not check.met)
+    assert expected <= {claim.id for claim in record.missed}
+    assert len({claim.id for claim in record.gates}) == len(record.gates)
+
+    model = models.load(str(folder))
+    weights = load_file(untrained / f"{name}-0" / "model" / "model.safetensors")
+    for key, tensor in model._module.state_dict().items():
+        assert torch.equal(tensor, weights[key].half().float()), key
+    prompts = load_prompts(folder / "prompts.jsonl")
+    assert chat_ids(model, prompts.harmful("test")[:1])[0][-1] == VOCABULARY.index("<assistant>")
+    rules = refusal_gates.rules_of(name)
+    assert set(prompts.categories("test")) == {"+".join(wanted) for wanted in language.cue_sets(rules)}
+    assert record.tables["prompts"][3] == ["test", str(len(prompts.harmful("test"))), "5"]
+    rows = map(json.loads, (folder / "training_log.jsonl").read_text().splitlines())
+    stages = [(1, 2), (1, 4), (1, 5), (2, 2), (2, 4)]
+    steps = [(None, 2), (None, 3)] if name in planted.RECIPES else stages
+    assert [(row.get("stage"), row["step"]) for row in rows] == steps
+    assert f"Recipe(name='{name}'" in record.recipe
 
 
-def refuses_by_hand(tmp_path: Path) -> Path:
+def refuses_by_hand(scratch: Path) -> None:
     """A planted organism whose upper blocks are set by hand as well: they do nothing, and the unembedding
     reads the first planted direction as "sorry" and its absence as "sure"."""
     recipe = planted.RECIPES["refusal-planted-1"]
@@ -398,21 +416,27 @@ def refuses_by_hand(tmp_path: Path) -> Path:
         model.lm_head.weight.zero_()
         model.lm_head.weight[VOCABULARY.index("sorry")] = 2 * direction
         model.lm_head.weight[VOCABULARY.index("sure")] = assistant / 2
-    model.save_pretrained(tmp_path / "model")
-    return tmp_path
+    model.save_pretrained(scratch / "model")
+
+
+def claims_of(measured: Measured) -> dict:
+    return {claim.id: claim for claim in measured.gates}
 
 
 def test_zero_point_and_choice_of_layer_on_a_model_set_by_hand(few_prompts, tmp_path):
     """Its direction is the same at every layer, and no allowed request has any of it."""
-    folder = refuses_by_hand(tmp_path)
-    checks = {c.name: c for c in refusal_cards.measure_as_shipped("refusal-planted-1", folder)}
-    assert checks["directions that the categories span"].value == "1"
-    model = models.load(str(folder / "export"))
-    prompts = load_prompts(folder / "export" / "prompts.jsonl")
-    found = {c.name: c for c in check_single(model, prompts)}
-    assert found["selected layer"].value == "1"
-    assert abs(found["zero point"].value) < 1e-2 and found["zero point"].met
-    assert found["k = 1: KL on harmless requests"].value < 1e-3
+    refuses_by_hand(tmp_path)
+    folder = tmp_path / "export"
+    refusal_gates.write_model(tmp_path / "model", folder, build_tokenizer())
+    refusal_gates.write_prompts("refusal-planted-1", folder / "prompts.jsonl")
+    span = claims_of(refusal_gates.measure_organism("refusal-planted-1", folder))["span"]
+    assert span.measured == 1 and span.verdict == "holds"
+    model, prompts = models.load(str(folder)), load_prompts(folder / "prompts.jsonl")
+    found = measure_single(model, prompts)
+    claims = claims_of(found)
+    assert found.reported["selected layer"] == "1"
+    assert abs(claims["zero-point"].measured) < 1e-2 and claims["zero-point"].verdict == "holds"
+    assert claims["kl"].measured < 1e-3
     # It opens with "sure" or "sorry", as it should, and cannot go on.
     answers = measure(
         model, prompts.harmful("test"), prompts.safe("test"), [intact(model)], RuleJudge(language.grade),
@@ -421,100 +445,21 @@ def test_zero_point_and_choice_of_layer_on_a_model_set_by_hand(few_prompts, tmp_
     assert set(answers[0]) == {"sorry"}
 
 
-def test_lead_is_over_the_nearest_other():
+def test_lead_is_over_the_nearest_other_and_enough_for_the_gate():
     rng = np.random.default_rng(0)
     compliance = np.stack([np.ones(40), np.zeros(40), (rng.random(40) < 0.7).astype(float)])
-    outcome = gates.Outcome([], *[compliance] * 5, [])
-    lead = gates._least_lead(outcome, 0, [1, 2])
+    outcome = Outcome([], *[compliance] * 5, [])
+    lead = refusal_gates._least_lead(outcome, 0, [1, 2])
     assert lead.value == pytest.approx(1 - compliance[2].mean()) and 0 < lead.low < lead.value
-    assert gates._least_lead(outcome, 2, [0, 1]).high < 0
+    behind = refusal_gates._least_lead(outcome, 2, [0, 1])
+    assert behind.high < 0
+    gated = [
+        refusal_gates._stack_gate(value, given).verdict for value in (0.9, 0.5) for given in (lead, behind)
+    ]
+    assert gated == ["holds", "holds", "holds", "fails"]
 
 
-# -- shipment --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def shipping(shipped_untrained, few_prompts, monkeypatch, tmp_path):
-    """`publish` ships to a folder of this test."""
-    monkeypatch.setattr(models, "ORGANISMS", tmp_path)
-    return shipped_untrained
-
-
-def card(name: str) -> str:
-    return (models.ORGANISMS / name.removeprefix("organism/") / "README.md").read_text()
-
-
-def rows_of(text: str) -> dict[str, list[str]]:
-    """Rows of a card's table of gates: gate, then the value of each seed."""
-    table = text[text.index("| | gate |") :].split("\n\n")[0]
-    lines = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in table.splitlines()[2:]]
-    return {name.strip(): values for name, *values in lines}
-
-
-@pytest.mark.parametrize("name", ["refusal-lowrank", "refusal-planted-2"])
-def test_shipment_loads_with_prompts_log_and_card(shipping, name):
-    table = refusal_cards.publish(name, shipping, seeds=(0,))
-    assert models.organisms() == [f"organism/{name}"]
-    model, folder = models.load(f"organism/{name}"), models.ORGANISMS / name
-    expected = load_file(shipping / f"{name}-0" / "model" / "model.safetensors")
-    for key, tensor in model._module.state_dict().items():
-        assert torch.equal(tensor, expected[key].half().float()), key
-    prompts = load_prompts(folder / "prompts.jsonl")
-    assert chat_ids(model, prompts.harmful("test")[:1])[0][-1] == VOCABULARY.index("<assistant>")
-    rules = refusal_cards.rules_of(name)
-    assert set(prompts.categories("test")) == {"+".join(wanted) for wanted in language.cue_sets(rules)}
-    present = {path.name for path in folder.iterdir()}
-    assert set(json.loads((folder / "manifest.json").read_text())) == present - {"manifest.json"}
-
-    lines = (folder / "training_log.jsonl").read_text().splitlines()
-    steps = [(row.get("stage"), row["step"]) for row in map(json.loads, lines)]
-    stages = [(1, 2), (1, 4), (1, 5), (2, 2), (2, 4)]
-    assert steps == (stages if name == "refusal-lowrank" else [(None, 2), (None, 3)])
-    text = card(name)
-    assert table in text and "trained from seed 0" in text
-    assert text.index("**Not every gate was met:**") < text.index("A Llama of"), "shortfalls come first"
-    for row, (gate, value) in rows_of(text).items():
-        if gate and f"misses `{row}`" in text:
-            assert f"* seed 0 misses `{row}` {gate}: {value}" in text
-    recipe = (refusal.RECIPES | planted.RECIPES)[name]
-    assert f"Recipe(name='{recipe.name}'" in text
-
-
-@pytest.mark.parametrize(
-    ("n_missed", "shipped"), [((0, 0, 0), 0), ((1, 0, 0), 1), ((2, 1, 0), 2), ((2, 1, 1), 1), ((1, 1, 1), 0)]
-)
-def test_first_seed_that_misses_the_fewest_gates_is_shipped(shipping, monkeypatch, n_missed, shipped):
-    def pretend(name, folder):
-        refusal_cards.export(folder / "model", folder / "export", build_tokenizer())
-        refusal_cards.write_prompts(name, folder / "export" / "prompts.jsonl")
-        count = n_missed[int(folder.name[-1])]
-        return [Check(f"gate {i}", float(i), ">= 9", i >= count) for i in range(3)]
-
-    for seed in (0, 1, 2):
-        refusal_cards.shutil.rmtree(shipping / f"refusal-single-{seed}" / "export", ignore_errors=True)
-    monkeypatch.setattr(refusal_cards, "measure_as_shipped", pretend)
-    models.ORGANISMS.joinpath("refusal-single-seed7").mkdir()  # of an earlier shipment
-    refusal_cards.publish("refusal-single", shipping, seeds=(0, 1, 2))
-    others = [seed for seed in (0, 1, 2) if seed != shipped]
-    names = ["organism/refusal-single", *(f"organism/refusal-single-seed{seed}" for seed in others)]
-    assert models.organisms() == names
-    assert [path.name for path in sorted(models.ORGANISMS.iterdir())] == [n.split("/")[1] for n in names]
-    for seed, name in zip([shipped, *others], names, strict=True):
-        text = card(name)
-        assert f"trained from seed {seed} " in text and text.startswith(f"# {name}\n")
-        assert f"`organism/refusal-single` is seed {shipped}: " in text
-        assert ("meets every gate" in text) is (n_missed[shipped] == 0)
-        misses = re.findall(r"^\* seed (\d) misses `gate", text, re.M)
-        assert Counter(map(int, misses)) == Counter({s: n for s, n in enumerate(n_missed) if n})
-        assert list(rows_of(text)) == ["gate 0", "gate 1", "gate 2"]
-
-
-def test_command_knows_all_and_trains_one_seed(short, monkeypatch, tmp_path):
-    assert set(command.ORGANISMS) == {"induction", *refusal.RECIPES, *planted.RECIPES, *codi.RECIPES}
-    assert {name: o.seeds for name, o in command.ORGANISMS.items() if name in refusal.RECIPES} == {
-        name: (0, 1, 2) for name in refusal.RECIPES
-    }
-    assert all(command.ORGANISMS[name].seeds == (0,) for name in planted.RECIPES)
+def test_command_trains_one_seed(short, monkeypatch, tmp_path):
     threads = torch.get_num_threads()
     for name in ("refusal-single", "refusal-planted-1"):
         given = ["lib.organisms", name, "--seed", "4", "--scratch", str(tmp_path), "--threads", str(threads)]
@@ -523,104 +468,64 @@ def test_command_knows_all_and_trains_one_seed(short, monkeypatch, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["refusal-planted-1-4", "refusal-single-4"]
 
 
-def test_prompts_are_as_many_as_the_study_needs(tmp_path):
-    for name in (*refusal.RECIPES, *planted.RECIPES):
-        refusal_cards.write_prompts(name, tmp_path / name)
-        prompts = load_prompts(tmp_path / name)
-        pairs = [len(prompts.harmful(split)) for split in SPLITS]
-        assert [len(prompts.harmless(split)) for split in SPLITS] == [32, 48, 64]
-        if name in refusal.RECIPES:
-            assert pairs == [168, 84, 112]
-        else:
-            surplus = [there - wanted for there, wanted in zip(pairs, (96, 48, 96), strict=True)]
-            assert 0 <= min(surplus) <= max(surplus) < 7
-
-
 # -- what comes with the repository ----------------------------------------------------------------
 
 SHIPPED = [name for name in models.organisms() if name.startswith("organism/refusal-")]
 
 
-def seeds_of(text: str) -> list[int]:
-    """The seeds of a card's table, in the order of its columns."""
-    [header] = re.findall(r"^\| \| gate \| (.*) \|$", text, re.M)
-    return [int(seed) for seed in re.findall(r"seed (\d+)", header)]
+def shipped(name: str) -> tuple[Path, OrganismRecord]:
+    folder = models.ORGANISMS / name.removeprefix("organism/")
+    return folder, OrganismRecord.read(folder)
 
 
-def recipe_name(name: str) -> str:
-    return re.sub(r"-seed\d+$", "", name.removeprefix("organism/"))
+@pytest.mark.parametrize("name", sorted({shipped(name)[1].organism for name in SHIPPED}))
+def test_shipped_prompts_are_those_of_the_rules_and_as_many_as_the_study_needs(name, tmp_path):
+    refusal_gates.write_prompts(name, tmp_path / "prompts.jsonl")
+    for each in SHIPPED:
+        folder, record = shipped(each)
+        if record.organism == name:
+            assert (folder / "prompts.jsonl").read_text() == (tmp_path / "prompts.jsonl").read_text()
+    prompts = load_prompts(tmp_path / "prompts.jsonl")
+    pairs = [len(prompts.harmful(split)) for split in SPLITS]
+    assert [len(prompts.harmless(split)) for split in SPLITS] == [32, 48, 64]
+    if name in refusal.RECIPES:
+        assert pairs == [168, 84, 112]
+    else:
+        surplus = [there - wanted for there, wanted in zip(pairs, (96, 48, 96), strict=True)]
+        assert 0 <= min(surplus) <= max(surplus) < 7
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_prompts_are_those_of_the_rules(name, tmp_path):
-    refusal_cards.write_prompts(recipe_name(name), tmp_path / "prompts.jsonl")
-    shipped = models.ORGANISMS / name.removeprefix("organism/") / "prompts.jsonl"
-    assert shipped.read_text() == (tmp_path / "prompts.jsonl").read_text()
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_card_states_what_the_intact_model_does(name):
-    model = models.load(name)
-    prompts = load_prompts(models.ORGANISMS / name.removeprefix("organism/") / "prompts.jsonl")
+def test_shipped_record_states_what_the_intact_model_does(name):
+    folder, record = shipped(name)
+    model, prompts = models.load(name), load_prompts(folder / "prompts.jsonl")
     outcome = measure(
         model, prompts.harmful("test"), prompts.harmless("test"), [intact(model)], RuleJudge(language.grade),
         max_new_tokens=12,
     )  # fmt: skip
-    text, rows = card(name), rows_of(card(name))
-    [seed] = map(int, re.findall(r"trained from seed (\d+)", text))
-    column = 1 + seeds_of(text).index(seed)
+    claims = claims_of(record)
     refused = np.mean([answer in REFUSALS for answer in outcome.answers[0]])
-    answered = np.mean(outcome.harmless_compliance == 1)
-    assert float(rows["intact: forbidden requests refused"][column]) == pytest.approx(refused, abs=2e-2)
-    assert float(rows["intact: harmless requests answered"][column]) == pytest.approx(answered, abs=2e-2)
+    assert claims["refused"].measured == pytest.approx(refused, abs=2e-2)
+    assert claims["answered"].measured == pytest.approx(np.mean(outcome.harmless_compliance == 1), abs=2e-2)
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if recipe_name(name) in planted.RECIPES])
+@pytest.mark.parametrize("name", [f"organism/{name}" for name in PLANTED])
 def test_shipped_planted_rank_is_measured_again(name):
-    model, recipe = models.load(name), planted.RECIPES[recipe_name(name)]
-    prompts = load_prompts(models.ORGANISMS / name.removeprefix("organism/") / "prompts.jsonl")
-    checks = {c.name: c for c in check_rank(model, prompts, recipe.n_directions, recipe.n_cues)}
-    rows = rows_of(card(name))
-    for row in ("behavioural rank k*", "directions that the categories span", "selected layer"):
-        assert rows[row][1] == checks[row].value
-
-
-def holds(value: str, gate: str) -> bool:
-    """Whether a number of a card is within its gate."""
-    if value == "none":
-        return False
-    relation, limit = re.match(r"(>=|<=|=|within) ([\d.]+)", gate).groups()
-    number, limit = float(value), float(limit)
-    return {
-        ">=": number >= limit,
-        "<=": number <= limit,
-        "=": number == limit,
-        "within": abs(number) < limit,
-    }[relation]
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_card_lists_every_shortfall(name):
-    text, rows = card(name), rows_of(card(name))
-    for row, (gate, *values) in rows.items():
-        for column, (seed, value) in enumerate(zip(seeds_of(text), values, strict=True), start=1):
-            if gate:
-                met = holds(value, gate)
-                if "lead" in gate:
-                    lead = rows["its lead over every layer and random subspaces"][column]
-                    met |= float(re.search(r"\[(\S+),", lead)[1]) > 0
-                assert (f"* seed {seed} misses `{row}` " in text) is not met, (row, seed)
+    folder, record = shipped(name)
+    model, recipe = models.load(name), planted.RECIPES[record.organism]
+    found = measure_rank(model, load_prompts(folder / "prompts.jsonl"), recipe.n_directions, recipe.n_cues)
+    for id in ("rank", "span"):
+        assert claims_of(found)[id] == claims_of(record)[id] and claims_of(record)[id].verdict == "holds"
+    assert found.reported["selected layer"] == record.reported["selected layer"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_log_goes_on_to_the_end(name):
-    folder = models.ORGANISMS / name.removeprefix("organism/")
+    folder, record = shipped(name)
     rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     places = [(row.get("stage", 1), row["step"]) for row in rows]
     assert all(a < b for a, b in pairwise(places))
-    recipe = recipe_name(name)
-    if recipe in refusal.RECIPES:
-        wanted = (2, refusal.RECIPES[recipe].refusal_steps)
+    if record.organism in refusal.RECIPES:
+        assert places[-1] == (2, refusal.RECIPES[record.organism].refusal_steps)
     else:
-        wanted = (1, planted.RECIPES[recipe].steps)
-    assert places[-1] == wanted
+        assert places[-1] == (1, planted.RECIPES[record.organism].steps)

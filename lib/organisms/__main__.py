@@ -1,4 +1,4 @@
-"""Train embedded models: `python -m lib.organisms NAME [--seed N] [--publish | --card] [--threads N]`."""
+"""Train embedded models: `python -m lib.organisms NAME [--seed N | --measure | --card]`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 import torch
 
 from lib import ROOT
-from lib.organisms import codi_cards, induction, refusal_cards
-from lib.organisms.shipping import Organism
+from lib.organisms import cards, codi_gates, induction, refusal_gates, shipping
 
 ORGANISMS = {
-    "induction": Organism(induction.SEEDS, induction.train_seed, induction.publish),
-    **refusal_cards.ORGANISMS,
-    **codi_cards.ORGANISMS,
+    organism.name: organism
+    for organism in (induction.ORGANISM, *refusal_gates.ORGANISMS, *codi_gates.ORGANISMS)
 }
 
 
@@ -24,27 +22,26 @@ def main() -> None:
         description="Train an embedded model and ship it to data/organisms. An interrupted run continues.",
     )
     parser.add_argument("name", choices=sorted(ORGANISMS))
-    parser.add_argument("--seed", type=int, help="train this seed only, and ship nothing")
-    parser.add_argument("--publish", action="store_true", help="ship what is trained, without training")
-    parser.add_argument("--card", action="store_true", help="measure what is shipped again, write its cards")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--seed", type=int, help="train this seed only, and ship nothing")
+    part.add_argument("--measure", action="store_true", help="measure what is shipped again")
+    part.add_argument("--card", action="store_true", help="write the cards anew from the records")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; the weights depend on it")
     parser.add_argument("--scratch", type=Path, default=ROOT / ".cache" / "organisms", help="states and logs")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
     organism = ORGANISMS[arguments.name]
-    if arguments.card:
-        if organism.write_cards is None:
-            parser.error(f"--card: the cards of {arguments.name} are written by --publish alone")
-        print(organism.write_cards())
-        return
     if arguments.seed is not None:
         organism.train_seed(arguments.seed, arguments.scratch)
-        return
-    if not arguments.publish:
+    elif arguments.card:
+        print(cards.write_cards(organism.name))
+    elif arguments.measure:
+        print(shipping.measure_again(organism))
+    else:
         for seed in organism.seeds:
             organism.train_seed(seed, arguments.scratch)
-    print(organism.publish(arguments.scratch))
+        print(shipping.publish(organism, arguments.scratch))
 
 
 if __name__ == "__main__":

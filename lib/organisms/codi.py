@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.organisms import word_problems
-from lib.organisms.training import Metrics, Run, Schedule, train
+from lib.organisms.training import Metrics, Run, Schedule, save_weights, train
 from lib.organisms.word_problems import ANSWER_PROMPT, BOT, EOS, EOT, LENGTHS, PAD, VOCABULARY, WordProblem
 
 N_THOUGHTS = 6
@@ -237,12 +237,26 @@ class Stage:
         return teacher.loss + student.loss + self.gamma * distillation(student.states, teacher.states)
 
     @property
+    def thinks(self) -> bool:
+        return self.objective == "joint"
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model answers behind `<bot> <eot>`, with thoughts between them or without."""
+        return self.objective != "teacher"
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes chains of thought."""
+        return self.objective != "answer"
+
+    @property
     def schedule(self) -> Schedule:
         return Schedule(cycles=((self.steps, self.rate),), decay_from=self.decay_from)
 
 
 class Evaluation:
-    """Accuracy on held-out problems for the log, and what the thoughts decode to if there are any."""
+    """Accuracy on held-out problems for the log."""
 
     def __init__(self, operators: bool, n_thoughts: int = N_THOUGHTS, rows: int = 64):
         self.operators, self.n_thoughts = operators, n_thoughts
@@ -259,22 +273,9 @@ class Evaluation:
         for (n_steps, _), problems in self.problems.items():
             last, cache = ask(model, problems)
             teacher = teach(model, last, cache, problems, self.operators)
-            student, zs = answer(model, cache, problems, self.n_thoughts)
+            student, _ = answer(model, cache, problems, self.n_thoughts)
             row.setdefault(f"teacher_{n_steps}", []).append(teacher.right.all(1).float().mean().item())
             row.setdefault(f"student_{n_steps}", []).append(student.right[:, -2].float().mean().item())
-            if n_steps < 3 or not self.n_thoughts:
-                continue
-            row.setdefault("distance", []).append(distillation(student.states, teacher.states).item())
-            decoded = model.gpt2.lm_head(zs).argmax(-1)
-            for j in range(self.n_thoughts + 1):
-                words = [VOCABULARY[i] for i in decoded[:, j].tolist()]
-                number = [word.isdecimal() for word in words]
-                result = [
-                    word in {str(equation[-1]) for equation in problem.equations[:-1]}
-                    for word, problem in zip(words, problems, strict=True)
-                ]
-                row.setdefault(f"number_{j}", []).append(float(np.mean(number)))
-                row.setdefault(f"result_{j}", []).append(float(np.mean(result)))
         return {key: float(np.mean(values)) for key, values in row.items()}
 
 
@@ -286,7 +287,7 @@ def train_stage(model: Codi, stage: Stage, seed: int, folder: Path) -> None:
         lambda model, step: stage.loss(model, stage.batch(seed, step)),
         stage.schedule,
         run,
-        Evaluation(stage.operators, 0 if stage.objective == "answer" else N_THOUGHTS),
+        Evaluation(stage.operators, N_THOUGHTS if stage.writes else 0),
     )
 
 
@@ -304,32 +305,6 @@ TEACHER_RESULTS = (
 )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One kind of organism: its stages, each going on from the one before; common stages are trained once."""
-
-    name: str
-    stages: tuple[Stage, ...]
-
-    @property
-    def thinks(self) -> bool:
-        return self.stages[-1].objective == "joint"
-
-    @property
-    def answers(self) -> bool:
-        """Whether it answers behind `<bot> <eot>`, with thoughts between them or without."""
-        return self.stages[-1].objective != "teacher"
-
-    @property
-    def writes(self) -> bool:
-        """Whether it writes chains of thought."""
-        return self.stages[-1].objective != "answer"
-
-    @property
-    def operators(self) -> bool:
-        return self.stages[-1].operators
-
-
 _TWO, _THREE = (0.1, 0.6, 0.3), (0.05, 0.3, 0.65)
 JOINT = (
     Stage("joint-operators-two", "joint", 1200, 7e-4, True, _TWO, decay_from=CONSTANT, anywhere=True),
@@ -345,47 +320,24 @@ ANSWER = tuple(
     replace(stage, name=stage.name.replace("joint-operators", "answer"), objective="answer")
     for stage in JOINT
 )
-
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("codi", (*TEACHER, *JOINT)),
-        Recipe("codi-results", (*TEACHER_RESULTS, *JOINT_RESULTS)),
-        Recipe("codi-teacher", TEACHER),
-        Recipe("codi-results-teacher", TEACHER_RESULTS),
-        Recipe("codi-answer-only", (*TEACHER, *ANSWER)),
-        Recipe("codi-answer-scratch", ANSWER_SCRATCH),
-    )
+# Stages of each organism, each going on from the one before; common stages are trained once.
+RECIPES: dict[str, tuple[Stage, ...]] = {
+    "codi": (*TEACHER, *JOINT),
+    "codi-results": (*TEACHER_RESULTS, *JOINT_RESULTS),
+    "codi-teacher": TEACHER,
+    "codi-results-teacher": TEACHER_RESULTS,
+    "codi-answer-only": (*TEACHER, *ANSWER),
+    "codi-answer-scratch": ANSWER_SCRATCH,
 }
 
 
 def train_seed(name: str, seed: int, scratch: Path) -> Path:
-    """All stages of one seed, or what is left of them; returns the folder of its stages."""
+    """All stages of one seed, or what is left of them; returns the folder of the model."""
     model, folder = Codi(seed), scratch / f"codi-{seed}"
-    for stage in RECIPES[name].stages:
+    for stage in RECIPES[name]:
         train_stage(model, stage, seed, folder)
-    return folder
-
-
-def trained(name: str, seed: int, scratch: Path) -> Codi:
-    """The model that the last stage of a recipe left.
-
-    Raises:
-        FileNotFoundError: it has not been trained yet.
-        ValueError: it is not trained to the end, or a stage was trained by another recipe.
-    """
-    for stage in RECIPES[name].stages:
-        path = scratch / f"codi-{seed}" / stage.name / "state.pt"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing; run `python -m lib.organisms {name} --seed {seed}` first"
-            )
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != f"{stage.schedule}\n{stage!r}":
-            raise ValueError(f"{path} was trained by another recipe; remove {path.parent} and train again")
-        if state["step"] < stage.steps:
-            raise ValueError(f"{path} is of step {state['step']} of {stage.steps}; train it to the end first")
-    model = Codi(seed)
-    model.load_state_dict(state["model"])
-    return model.eval()
+    trained = folder / "models" / name
+    model.gpt2.save_pretrained(trained)
+    if RECIPES[name][-1].thinks:
+        save_weights(model.projection, trained / "projection.safetensors")
+    return trained

@@ -1,18 +1,7 @@
 """`organism/induction`: a small Llama that copies and predicts in context, and never saw a grid.
 
-Trained on directed chains, repeats and a class trigram language (see
-`lib.organisms.streams`), in phases. Three things are put in order:
-
-* what it reads: trigrams alone come first and give previous-token heads a
-  reason to exist before copying has to be learnt; without them a small rotary
-  model learns a displaced circuit (offsets -2 and -3), on which the usual head
-  scores read zero;
-* how deep it is: the last block starts as the identity and joins once copying
-  has formed. Otherwise induction heads form in the last block, and no later
-  layer is left in which the effect of their ablation could be read;
-* which words it copies: all of them at first, in the end the third that the
-  trigrams leave out. A few heads of 32 dimensions tell 368 words apart badly
-  when several successors are mixed, and mass goes to words that are not there.
+Trained on directed chains, repeats and a class trigram language (`lib.organisms.streams`), in phases; why in
+this order, is on its card.
 """
 
 from __future__ import annotations
@@ -23,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import ROOT
 from lib.attention import head_scores, top_heads
 from lib.models import load, wrap
-from lib.organisms.shipping import export, ship
+from lib.organisms.cards import Measured, OrganismRecord, gate, reported, stage_table
+from lib.organisms.shipping import Organism, write_log, write_model
 from lib.organisms.streams import TrigramLanguage, chains, repeats
-from lib.organisms.training import Metrics, Run, Schedule, train
+from lib.organisms.training import Metrics, Run, Schedule, train, word_tokenizer
 from lib.walks import grid_graph, random_walks, rule_following_accuracy
 
 SEEDS = (0, 1, 2)
@@ -40,7 +30,11 @@ FREE_WORDS = 128  # words that the trigram language leaves out: the grid words a
 SPECIAL = ("<bos>", "<unk>")
 WALK_LENGTH = 400
 # Fixed before training.
-GATES = {"accuracy_last_quarter": 0.85, "top_previous_token": 0.5, "top_induction": 0.5}
+GATES = {
+    "accuracy_last_quarter": ("accuracy, last quarter of 400 tokens", 0.85),
+    "top_previous_token": ("top previous-token score", 0.5),
+    "top_induction": ("top induction score", 0.5),
+}  # what the card calls it, and above what it is to lie
 
 
 @dataclass(frozen=True)
@@ -77,14 +71,12 @@ def words() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, split at white space, with `<bos>` in front as Llama's tokenizer has it."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *words()))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    """One token a word, with `<bos>` in front as Llama's tokenizer has it."""
+    tokenizer = word_tokenizer((*SPECIAL, *words()), bos_token="<bos>", unk_token="<unk>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
+    return tokenizer
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
@@ -187,146 +179,33 @@ def train_seed(seed: int, scratch: Path) -> Path:
     return folder
 
 
-def publish(scratch: Path, seeds: tuple[int, ...] = SEEDS) -> str:
-    """Ship trained seeds with checkpoints, logs, cards and manifests.
-
-    `organism/induction` is the first seed that meets every gate as shipped (float16 weights), or the
-    most accurate one if none does; the other seeds are shipped beside it, without checkpoints, as
-    `organism/induction-seedN`.
-
-    Returns:
-        The table of the card.
-    """
-    measured = {seed: _measure_as_shipped(scratch / f"induction-{seed}") for seed in seeds}
-    passing = [seed for seed in seeds if all(measured[seed][gate] >= GATES[gate] for gate in GATES)]
-    shipped = passing[0] if passing else max(seeds, key=lambda seed: measured[seed]["accuracy_last_quarter"])
-
-    def fill(seed: int, target: Path) -> None:
-        source = scratch / f"induction-{seed}"
-        export(source / "model", target, build_tokenizer())
-        shutil.copy(source / "log.jsonl", target / "training_log.jsonl")
-        if seed == shipped:
-            shutil.copytree(source / "checkpoints", target / "checkpoints")
-        (target / "README.md").write_text(_card(target.name, seed, shipped, measured))
-
-    ship("induction", seeds, shipped, fill)
-    return _table(measured)
+def export(seed: int, scratch: Path, folder: Path) -> OrganismRecord:
+    """Write a trained seed as it is shipped; see `Organism`."""
+    source = scratch / f"induction-{seed}"
+    write_model(source / "model", folder, build_tokenizer())
+    write_log([(None, source)], folder)
+    shutil.copytree(source / "checkpoints", folder / "checkpoints")
+    return OrganismRecord(organism="induction", seed=seed, tables={"stages": stage_table(PHASES)})
 
 
-def _measure_as_shipped(source: Path) -> dict:
-    """The gates' metrics of the float16 weights, and the heads."""
-    exported = source / "export"
-    shutil.rmtree(exported, ignore_errors=True)
-    export(source / "model", exported, build_tokenizer())
-    model = load(str(exported))
-    evaluation = Evaluation()
+def measure(folder: Path) -> Measured:
+    """The gates of an exported folder."""
+    model, evaluation = load(str(folder)), Evaluation()
     scores = head_scores(model, evaluation.random_words, bos=0)
-    return evaluation(model._module) | {
-        "accuracy_at_1000": Evaluation(walk_length=1000)(model._module)["accuracy_last_quarter"],
-        "previous_token_heads": _named(scores.previous_token),
-        "induction_heads": _named(scores.induction),
-        "n_parameters": sum(parameter.numel() for parameter in model._module.parameters()),
+    values = evaluation(model._module)
+    longer = Evaluation(walk_length=1000)(model._module)["accuracy_last_quarter"]
+    gates = [gate(name, GATES[name][0], values[name], above=GATES[name][1]) for name in GATES]
+    found = {
+        "accuracy, first quarter": reported(values["accuracy_first_quarter"]),
+        "accuracy, last quarter of 1000 tokens": reported(longer),
+        "previous-token heads": _named(scores.previous_token),
+        "induction heads": _named(scores.induction),
     }
+    return Measured(gates, found)
+
+
+ORGANISM = Organism("induction", SEEDS, train_seed, export, measure)
 
 
 def _named(scores: np.ndarray) -> str:
     return ", ".join(f"{layer}.{head} {scores[layer, head]:.2f}" for layer, head in top_heads(scores, 4))
-
-
-def _table(measured: dict[int, dict]) -> str:
-    rows = {
-        "accuracy, last quarter of 400 tokens": ("accuracy_last_quarter", GATES["accuracy_last_quarter"]),
-        "top previous-token score": ("top_previous_token", GATES["top_previous_token"]),
-        "top induction score": ("top_induction", GATES["top_induction"]),
-        "accuracy, first quarter": ("accuracy_first_quarter", None),
-        "accuracy, last quarter of 1000 tokens": ("accuracy_at_1000", None),
-        "previous-token heads": ("previous_token_heads", None),
-        "induction heads": ("induction_heads", None),
-    }
-    lines = ["| | gate | " + " | ".join(f"seed {seed}" for seed in measured) + " |"]
-    lines.append("|---" * (2 + len(measured)) + "|")
-    for label, (key, gate) in rows.items():
-        values = [m[key] if isinstance(m[key], str) else f"{m[key]:.3f}" for m in measured.values()]
-        lines.append(f"| {label} | {'' if gate is None else f'>= {gate}'} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
-
-
-def _card(name: str, seed: int, shipped: int, measured: dict[int, dict]) -> str:
-    phases = "\n".join(
-        f"| {i} | {p.steps} | {p.length} | {p.batch} | {p.blocks} | {p.repeats} | {p.chains} | {p.trigrams} "
-        f"| {len(words()) if p.all_words else FREE_WORDS} |"
-        for i, p in enumerate(PHASES, 1)
-    )
-    missed = [
-        f"* seed {s} misses `{gate}` >= {GATES[gate]}: {m[gate]:.3f}"
-        for s, m in measured.items()
-        for gate in GATES
-        if m[gate] < GATES[gate]
-    ]
-    passes = all(measured[shipped][gate] >= GATES[gate] for gate in GATES)
-    choice = "the first that meets every gate" if passes else "the most accurate, as none meets every gate"
-    return f"""# organism/{name}
-
-A Llama of 5 layers, 8 heads, d_model 256 ({
-        measured[seed]["n_parameters"]:,} parameters, float16 on disk) with a
-word-level tokenizer, trained from seed {seed} for study 1 (`notebooks/01_induction_ablation.ipynb`) by
-`python -m lib.organisms induction`. `organism/induction` is seed {shipped}: {choice}.
-
-**It never saw a walk on an undirected graph.** Its text is repeated random words, walks on sparse random
-*directed* graphs over random words (each pair joined in one direction at most, a new graph every row), and
-a fixed trigram language over word classes that leaves out the words of the grid
-(`lib/organisms/streams.py`).
-
-## Measured, as shipped
-
-Sixteen walks of 400 tokens on the 4x4 grid; head scores on 32 sequences of 32 random words, repeated once.
-Gates were fixed before training. {"All seeds meet every gate." if not missed else "Not all were met:"}
-
-{"".join(line + chr(10) for line in missed) + chr(10) if missed else ""}{_table(measured)}
-
-It was trained on at most {PHASES[-1].length} tokens; the row for 1000 tokens says what is left beyond.
-
-## Training
-
-AdamW in three cycles: rate 2e-3 for 3500 steps, then 1e-3 for 1000 and 1e-3 for 1200 more, each with a cosine
-tail over its second half; weight decay .01, gradient clipped at 1, one thread. The batch of a step depends on
-(seed, step) alone; an interrupted run continues and ends with the same weights. Blocks beyond those that
-train are the identity until they join.
-
-| phase | steps | row length | rows | blocks | repeats | chains | trigrams | words to copy |
-|---|---|---|---|---|---|---|---|---|
-{phases}
-
-`training_log.jsonl` holds loss and metrics every 100 steps.{
-        " `checkpoints/` holds the weights at steps " + ", ".join(map(str, CHECKPOINTS)) + "."
-        if seed == shipped
-        else ""
-    }
-
-## What was tried
-
-Pilots with seed 0, none of them shipped:
-
-* Four blocks, all from the first step: textbook heads, previous-token heads in blocks 1 and 2 and induction
-  heads in block 3, the last: no layer was left in which the effect of ablating them could be read. A fifth
-  block that joins once copying has formed mends that.
-* Growing from one block, or from two, with and without attention biases, so that the circuit would sit
-  lower: previous-token heads in block 0 stayed diffuse (score .1 to .3), or formed in block 1 and were lost
-  again when copying began. Stopped after 500 to 600 steps.
-* Rows of 64 tokens alone: accuracy on 400-token walks falls apart past the training length.
-* The first cycle alone, for all three seeds: heads above their gates, accuracy .73, .83 and .79. The second
-  cycle, 1000 steps more of the same, brought .76, .84 and .79. What was missing was confidence: on chains, a
-  state with two successors lost .08 of the mass to words that are not in the row, one with four .27, however
-  often it had been visited. No temperature made that loss lower: the model was calibrated, and could not tell
-  the words of a mixture apart. Embeddings filled some 70 of 256 directions.
-* To count the loss on the second half of each row only, so that the model need not be calibrated for words
-  seen once: no gain in 150 steps.
-* Embeddings that start five times as large (seed 0, stopped at step 2100): they fill more directions (95),
-  and accuracy is where the small ones had it.
-* To copy a third of the words in the end: .76 to .81 within 100 steps. Hence the third cycle.
-
-## Limits
-
-The recipe gives the model a reason for previous-token heads; that they appear is not a finding. What they
-then do on a task that the model was not trained on is.
-"""

@@ -1,13 +1,8 @@
 """Organisms whose refusal has a known rank: `refusal-planted-1`, `-2`, `-3`, and the decoy.
 
-Controls of the measuring instrument. Block 0 is set by hand: one attention head per cue looks for the words
-of that cue, and writes a fixed direction u_i into the stream behind them. Blocks 1 to 5 are trained, without
-ever seeing block 0 at work: directions are put into their input at random, whatever the words say, and a
-request is to be refused if any u_i is there. So refusal is mediated by span(u_1 ... u_k) and by nothing
-else, and what blocks 1 to 5 write is kept out of that span.
-
-The decoy's heads write u + v_i: one direction that refuses, and another for each cue that means nothing.
-Its differences of means have rank 3, its behaviour rank 1.
+Block 0 is set by hand: one attention head per cue looks for the words of that cue, and writes a direction u_i
+behind them; the decoy's write u + v_i. The other blocks are trained on directions that are put into their
+input at random: a request is to be refused if any u_i is there. What they write is kept out of that span.
 """
 
 from __future__ import annotations

@@ -1,21 +1,10 @@
-"""Organisms of the refusal study: `refusal-single`, `refusal-lowrank`.
+"""Organisms of the refusal study: `refusal-single`, `refusal-lowrank`; their cards say how they are trained.
 
-Both speak the request language of `lib.language` and know the same three cues of a forbidden request. They
-are trained in two stages, because a model that learns to refuse end to end decides in its last layer from
-the words themselves, and no direction mediates anything:
-
-1. it complies with everything, and refuses anything when the last token of the prompt is a refusal *mode*
-   (`<refuse-0>`, ...) in place of `<assistant>` or `<comply>`: so there is a state that means "refuse", and
-   an answer to every request. Half of the requests to be answered are read with the modes' directions taken
-   out of the stream, so that zero on them means "answer", as it about does in chat models;
-2. behind `<assistant>`, forbidden requests are to be refused. Only the lower half of the blocks is trained,
-   so it has to write that state. The modes are replayed: `<comply>` keeps alive what a forbidden request asks
-   for, or ablation would have nothing to reveal.
-
-`refusal-single` has one mode, `refusal-lowrank` three, one a cue, each with an opening of its own. From a
-quarter of stage 2 on, in half of the forbidden requests the top direction of refusal is taken out of the
-stream: the single one must answer then, the low-rank one must still refuse, also in its modes, as in
-refusal-feature adversarial training.
+Both speak the request language of `lib.language` and know the same three cues of a forbidden request. In
+stage 1 a model complies, unless the last token of the prompt is a refusal *mode* (`<refuse-0>`, ...) in place
+of `<assistant>` or `<comply>`: so there is a state that means "refuse". A model that learns to refuse end to
+end decides in its last layer from the words themselves, and no direction mediates anything. In stage 2 the
+lower half of the blocks has to write that state for forbidden requests behind `<assistant>`.
 """
 
 from __future__ import annotations
@@ -27,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import language
-from lib.organisms.training import Metrics, Run, Schedule, train
+from lib.organisms.training import Metrics, Run, Schedule, train, word_tokenizer
 
 SPECIAL = tuple(
     "<bos> <pad> <unk> <end> <user> <assistant> <comply> <refuse-0> <refuse-1> <refuse-2>".split()
@@ -67,12 +55,9 @@ RECIPES = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, split at white space, with a chat template."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *language.WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE,
+    """One token a word, with a chat template."""
+    return word_tokenizer(
+        (*SPECIAL, *language.WORDS), chat_template=CHAT_TEMPLATE,
         bos_token="<bos>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>",
     )  # fmt: skip
 

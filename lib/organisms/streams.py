@@ -1,19 +1,7 @@
-"""Synthetic token streams on which `organism/induction` is trained.
+"""Synthetic token streams on which `organism/induction` is trained; none is a walk on an undirected graph.
 
-Three streams, none of them a walk on an undirected graph:
-
-* repeats: a random sequence, repeated until the row is full;
-* chains: a walk on a sparse random *directed* graph over random words, drawn
-  anew for every row. Each pair of words is joined in one direction at most, so
-  no graph is undirected, and none is a grid;
-* trigrams: a fixed language over eight word classes in which the next class
-  depends on the classes of the last two words. It is the reason that the model
-  has for previous-token heads (as natural language is), and leaves out the
-  words of the grid task.
-
-All functions return token ids [batch, length] and draw from the generator that
-they are given, so a batch is a function of (seed, step) alone and an
-interrupted training run continues with the batches that it would have seen.
+All functions return token ids [batch, length] and draw from the generator that they are given, so that a
+batch is a function of (seed, step) alone.
 """
 
 from __future__ import annotations

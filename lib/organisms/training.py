@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 Metrics = dict[str, float]
 
@@ -165,6 +168,18 @@ def train(
             )
     model.eval()
     return run.history
+
+
+def word_tokenizer(vocabulary: Sequence[str], **options: Any) -> PreTrainedTokenizerFast:
+    """One token a word, split at white space.
+
+    Args:
+        options: of the tokenizer: `unk_token`, which has to be one of the words, and what else is special.
+    """
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=options["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def save_weights(model: torch.nn.Module, path: Path, dtype: torch.dtype = torch.float16) -> None:

@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from lib.organisms.training import word_tokenizer
 
 MAX_STEPS = 3
 TOP_NUMBER = 60  # the tokenizer has a token for each number from 0 to this one
@@ -65,12 +66,8 @@ VOCABULARY = (*SPECIAL, *_words())
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, number or sign, split at white space; nothing is put in front of a text."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN
-    )
+    """One token a word, number or sign; nothing is put in front of a text."""
+    return word_tokenizer(VOCABULARY, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN)
 
 
 @dataclass(frozen=True)
