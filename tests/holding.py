@@ -9,14 +9,13 @@ from pathlib import Path
 HOUR = 3600  # s; nobody waits for it
 
 
-def hold(model, folder: Path, entries: int | None, pause: float = 0.0) -> list[int]:
+def hold(model, folder: Path, entries: int | None) -> list[int]:
     """Hold a model's next forward once a cache's folder has so many entries.
 
     Args:
         model: from `lib.models.load`.
         folder: of the cache.
         entries: None never holds.
-        pause: before every forward (s).
 
     Returns:
         A list that grows by one item a forward.
@@ -25,7 +24,6 @@ def hold(model, folder: Path, entries: int | None, pause: float = 0.0) -> list[i
 
     def before_forward(*_) -> None:
         forwards.append(1)
-        time.sleep(pause)
         if entries is not None and len(list(folder.glob("[!.]*.npz"))) >= entries:
             time.sleep(HOUR)
 

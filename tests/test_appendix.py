@@ -45,12 +45,6 @@ def test_no_claim_has_an_interval_of_width_0(study):
         assert claim.interval is None or claim.interval[0] < claim.interval[1], claim.id
 
 
-def test_claims_say_how_many_heads_are_real():
-    statements = {claim.id: claim.statement for claim in stored("1b_emergence").claims}
-    assert "8 induction heads (7 real)" in statements["induction matters"]
-    assert "8 previous-token heads (4 real)" in statements["previous token matters"]
-
-
 def test_table_aligns_text_numbers_and_estimates():
     rows = [["a", 1, float("nan")], ["longer", -0.001, Estimate(0.5, 0.25, 0.75)]]
     assert appendix.table(["", "n", "value"], rows).splitlines() == [

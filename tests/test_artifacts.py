@@ -142,7 +142,6 @@ def test_spectrum_that_ends_too_early_shows_no_displaced_head():
     for n_offsets in (34, 40):
         claim = by_id(findings({"spectrum": spectrum[..., :n_offsets]}))["not-displaced"]
         assert claim.verdict == "not tested"
-        assert claim.reason == f"a spectrum of {n_offsets} offsets does not show it: it takes 41"
 
 
 def test_directions_give_what_study_3_computes(tmp_path):
@@ -180,11 +179,9 @@ def test_everything_of_one_file_is_claimed_and_drawn(tmp_path):
     }  # fmt: skip
     json.dumps({name: metric.model_dump() for name, metric in found.metrics.items()})
     assert "The word means lie like the graph" in ClaimsTable(found.claims)._repr_html_()
-    fig = draw(arrays, GRID)
-    titles = [ax.get_title("left") or ax.get_title() for ax in fig.axes]  # the house style has them left
-    assert titles[1:] == ["previous-token score", "induction score", "cosine between layers"]
-    assert titles[0] == f"word means: E = {found.metrics['energy'].value:.2f}"
-    with pytest.raises(TypeError, match="no option n_bootstrap"):
+    titles = [ax.get_title("left") or ax.get_title() for ax in draw(arrays, GRID).axes]
+    assert len(titles) == 4 and f"E = {found.metrics['energy'].value:.2f}" in titles[0]
+    with pytest.raises(TypeError, match="n_bootstrap"):
         findings(arrays, GRID, n_bootstrap=3)
 
 
@@ -213,34 +210,19 @@ def poisoned(array: np.ndarray, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("arrays", "names", "message"),
     [
-        (
-            {"x": MEANS},
-            {},
-            r"holds x \[16, 5\]; none is called class_means, .*: say which is which by names=",
-        ),
-        ({"x": MEANS}, {"class_means": "y"}, r"holds no array 'y'; it holds x \[16, 5\]"),
-        ({"x": MEANS}, {"means": "x"}, "'means' is no array that is measured here; there are class_means"),
-        ({"x": MEANS[None]}, {"class_means": "x"}, r": x is \[1, 16, 5\], and class_means is \[node, d\]"),
+        ({"x": MEANS}, {}, "class_means"),
+        ({"x": MEANS}, {"class_means": "y"}, "'y'"),
+        ({"x": MEANS}, {"means": "x"}, "'means'"),
+        ({"x": MEANS[None]}, {"class_means": "x"}, r"x is \[1, 16, 5\]"),
         ({"class_means": MEANS[:0]}, {}, r"class_means is \[0, 5\]"),
-        ({"class_means": MEANS.astype(complex)}, {}, "class_means is of type complex128; numbers are needed"),
-        ({"class_means": np.array([["a", "b"]])}, {}, "class_means is of type <U1; numbers are needed"),
-        ({"class_means": poisoned(MEANS, np.nan)}, {}, r"class_means is nan at \[1, 1\]; leave it out"),
-        ({"class_means": poisoned(MEANS, np.inf)}, {}, r"class_means is inf at \[1, 1\]"),
-        ({"vectors": poisoned(MEANS, np.nan)}, {}, r"vectors is nan at \[1, 1\]"),
-        ({"activations": STREAM}, {}, "activations are of no use without nodes; add the array, or name it"),
-        ({"harmful": STREAM}, {}, "harmful are of no use without safe"),
-        (
-            {"activations": STREAM, "nodes": NODES[:, :2]},
-            {},
-            "nodes has 2 along its axis 'token', activations has 3",
-        ),
-        ({"activations": STREAM, "nodes": NODES + 0.5}, {}, "nodes holds no whole numbers"),
-        (
-            {"activations": STREAM, "nodes": NODES - 1},
-            {},
-            "nodes holds -1; nodes are numbers of words, from 0 on",
-        ),
-        ({"induction": MEANS}, {}, "induction goes from -.* to .*; attention is between 0 and 1"),
+        ({"class_means": MEANS.astype(complex)}, {}, "class_means is of type complex128"),
+        ({"class_means": poisoned(MEANS, np.nan)}, {}, r"class_means is nan at \[1, 1\]"),
+        ({"vectors": poisoned(MEANS, np.inf)}, {}, r"vectors is inf at \[1, 1\]"),
+        ({"activations": STREAM}, {}, "nodes"),
+        ({"activations": STREAM, "nodes": NODES[:, :2]}, {}, "'token'"),
+        ({"activations": STREAM, "nodes": NODES + 0.5}, {}, "nodes"),
+        ({"activations": STREAM, "nodes": NODES - 1}, {}, "nodes holds -1"),
+        ({"induction": MEANS}, {}, "induction"),
     ],
 )
 def test_wrong_arrays_are_named(tmp_path, arrays, names, message):
@@ -250,48 +232,40 @@ def test_wrong_arrays_are_named(tmp_path, arrays, names, message):
 
 
 def test_files_that_are_none_are_named(tmp_path):
-    with pytest.raises(ArtifactError, match=r"a\.npz: there is no such file"):
-        read_arrays(tmp_path / "a.npz")
     (tmp_path / "a.pt").write_bytes(b"pickle")
-    with pytest.raises(ArtifactError, match=r"a\.pt: files of arrays are \.npz or \.safetensors, not \.pt"):
-        read_arrays(tmp_path / "a.pt")
-    np.savez(tmp_path / "pickled.npz", class_means=np.array([{"code": "runs"}], dtype=object))
-    with pytest.raises(ArtifactError, match=r"pickled\.npz: class_means holds objects of Python; save it"):
-        read_arrays(tmp_path / "pickled.npz")
     config = np.array([{"code": "runs"}], dtype=object)
-    np.savez(tmp_path / "mixed.npz", class_means=MEANS, config=config)
-    assert list(read_arrays(tmp_path / "mixed.npz")) == ["class_means"], "an array that nobody asked for"
-    with pytest.raises(ArtifactError, match=r"holds no array 'y'; it holds .*, config \(no numbers\)"):
-        read_arrays(tmp_path / "mixed.npz", {"class_means": "y"})
-    for name in ("b.npz", "b.safetensors"):
-        save = {"b.npz": lambda path: np.savez(path, class_means=MEANS)}.get(
-            name, lambda path: save_numpy({"class_means": MEANS}, path)
-        )
-        save(tmp_path / name)
+    np.savez(tmp_path / "pickled.npz", class_means=config)
+    np.savez(tmp_path / "cut.npz", class_means=MEANS)
+    save_numpy({"class_means": MEANS}, tmp_path / "cut.safetensors")
+    for name in ("cut.npz", "cut.safetensors"):
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[:-40])
-        with pytest.raises(ArtifactError, match=f"{name} can not be read as arrays .*; fetch it again"):
+    for name in ("none.npz", "a.pt", "pickled.npz", "cut.npz", "cut.safetensors"):
+        with pytest.raises(ArtifactError, match=name):
             read_arrays(tmp_path / name)
+    np.savez(tmp_path / "mixed.npz", class_means=MEANS, config=config)
+    assert list(read_arrays(tmp_path / "mixed.npz")) == ["class_means"], "an array that nobody asked for"
+    with pytest.raises(ArtifactError, match=r"config \(no numbers\)"):
+        read_arrays(tmp_path / "mixed.npz", {"class_means": "y"})
 
 
-def test_arrays_at_odds_with_the_question_are_named():
-    with pytest.raises(ArtifactError, match="word means need the graph of their words: pass graph"):
-        findings({"class_means": MEANS})
-    with pytest.raises(ArtifactError, match="class_means: 5 words, but .* has 16 nodes"):
-        findings({"class_means": MEANS[:5]}, GRID)
-    with pytest.raises(ArtifactError, match="nodes: 16 is no node of .*, which has 16"):
-        findings({"activations": STREAM, "nodes": NODES + 16}, GRID)
-    with pytest.raises(
-        ArtifactError, match="spectrum: 20 offsets do not hold 33; pass the repetition's period"
-    ):
-        findings({"spectrum": np.zeros((2, 2, 20))})
-    with pytest.raises(ArtifactError, match="vectors: 1 layers have no later half"):
-        findings({"vectors": MEANS[:1]})
-    with pytest.raises(
-        ArtifactError, match="vectors: the direction of layer 3 is zero; leave that layer out"
-    ):
-        findings({"vectors": np.vstack([MEANS[:3], np.zeros((1, 5))])})
-    with pytest.raises(ArtifactError, match="class_means: all class means coincide"):
-        findings({"class_means": np.ones((N, 3))}, GRID)
-    with pytest.raises(ArtifactError, match="nothing here can be drawn: word means need a graph"):
+@pytest.mark.parametrize(
+    ("arrays", "graph", "culprit"),
+    [
+        ({"class_means": MEANS}, None, "graph"),
+        ({"class_means": MEANS[:5]}, GRID, "class_means: 5"),
+        ({"activations": STREAM, "nodes": NODES + 16}, GRID, "nodes: 16"),
+        ({"spectrum": np.zeros((2, 2, 20))}, None, "spectrum: 20"),
+        ({"vectors": MEANS[:1]}, None, "vectors: 1"),
+        ({"vectors": np.vstack([MEANS[:3], np.zeros((1, 5))])}, None, "vectors: .*layer 3"),
+        ({"class_means": np.ones((N, 3))}, GRID, "class_means"),
+    ],
+)
+def test_arrays_at_odds_with_the_question_are_named(arrays, graph, culprit):
+    with pytest.raises(ArtifactError, match=culprit):
+        findings(arrays, graph)
+
+
+def test_nothing_to_draw_is_named():
+    with pytest.raises(ArtifactError, match="graph"):
         draw({"class_means": MEANS})

@@ -1,4 +1,4 @@
-"""The benchmark runs, on a case cut down to seconds, and its three ways measure the same thing."""
+"""The benchmarks run, on cases cut down to seconds, and their ways measure the same thing."""
 
 from __future__ import annotations
 
@@ -6,39 +6,84 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
+from tiny import save_tiny
 
-from benchmarks import induction_sweep, side_by_side
-from lib import ROOT
+from benchmarks import induction_sweep, latents_memory, side_by_side
+from benchmarks.induction_sweep import LENS
+from lib import ROOT, models
 
-CASE = "random 12-layer Llama, 32k vocabulary"
+CASE = "Qwen2.5-Coder-0.5B-Instruct"
 ROUND = {method: {"seconds": s, "megabytes": m} for method, s, m in
          (("ours", 3.0, 10.0), ("straightforward", 6.0, 40.0), ("floor", 2.0, 0.0))}  # fmt: skip
 
 
-def test_every_method_runs_and_agrees(monkeypatch, tmp_path, capsys):
-    small = {"n_walks": 2, "length": 70, "window": 30, "k_values": [1, 8], "n_draws": 2}
-    monkeypatch.setitem(induction_sweep.CASES, CASE, small)
-    found = {m: induction_sweep.measure(CASE, m, tmp_path) for m in side_by_side.METHODS}
-    # Baseline, two sizes of two lists, two random sets.
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The case on a tiny Qwen2 and short walks; gives the folder of its runs."""
+    settings = induction_sweep.CASES[CASE] | {"length": 60, "window": 20, "k_values": [1, 2]}
+    monkeypatch.setitem(induction_sweep.CASES, CASE, settings)
+    tiny, load = str(save_tiny("qwen2", tmp_path / "tiny")), models.load
+    monkeypatch.setattr(models, "load", lambda name, dtype: load(tiny, dtype="float32"))
+    words = list(range(2, 18))
+    monkeypatch.setattr(models, "word_ids", lambda *_: words)
+    return tmp_path
+
+
+def test_ways_of_study_1_agree(small, capsys):
+    found = {m: induction_sweep.measure(CASE, m, small) for m in ("ours", "straightforward", "floor")}
     assert {result["conditions"] for result in found.values()} == {7}
     assert found["ours"]["accuracy"] == pytest.approx(found["straightforward"]["accuracy"], rel=1e-4)
-    assert all(result["seconds"] > 0 and result["megabytes"] >= 0 for result in found.values())
+    assert found["floor"]["dtype"] == "float32" and (small / "heads.json").exists()
     induction_sweep.report(CASE, [found])
-    assert "7 conditions x 2 walks x 70 tokens" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ours against straightforward" in printed and LENS not in printed
+
+
+def test_ways_agree_on_a_random_model_of_many_parameters(monkeypatch, tmp_path):
+    case = "random 12-layer Llama, 32k vocabulary"
+    small = {"n_walks": 2, "length": 70, "window": 30, "k_values": [1], "n_draws": 1}
+    monkeypatch.setitem(induction_sweep.CASES, case, small)
+    ours, straightforward = (induction_sweep.measure(case, m, tmp_path) for m in ("ours", "straightforward"))
+    assert ours["accuracy"] == pytest.approx(straightforward["accuracy"], rel=1e-4)
+
+
+def test_floor_computes_no_logits(small):
+    task, called = induction_sweep._task(CASE, small), []
+    task[0]._module.lm_head.register_forward_hook(lambda *_: called.append("logits"))
+    task[0]._module.model.layers[2].register_forward_hook(lambda *_: called.append("block"))
+    induction_sweep.floor(*task, 20)
+    assert called == ["block"] * len(called) and called
+
+
+@pytest.mark.skipif(not find_spec("transformer_lens"), reason="an extra, see pyproject.toml")
+def test_transformer_lens_agrees(small):
+    found = {m: induction_sweep.measure(CASE, m, small) for m in ("straightforward", LENS)}
+    assert "transformer_lens" in sys.modules
+    assert found[LENS]["accuracy"] == pytest.approx(found["straightforward"]["accuracy"], rel=1e-4)
+
+
+def test_ways_of_study_4_agree(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(latents_memory, "CASES", {"small": {"layers": 2, "tokens": 40}})
+    monkeypatch.setattr(latents_memory, "BATCH", 2)
+    found = {method: latents_memory.measure("small", method, tmp_path) for method in side_by_side.METHODS}
+    for name in ("attention", "mass"):
+        assert found["ours"][name] == pytest.approx(found["straightforward"][name], rel=1e-4)
+        assert found["ours"][name] != 0
+    assert all(result["seconds"] > 0 and result["megabytes"] >= 0 for result in found.values())
+    latents_memory.report("small", [found])
+    assert "largest difference in mass, ours against straightforward" in capsys.readouterr().out
 
 
 def test_ratios_are_of_one_round_and_the_median_of_all(capsys):
     slow = {method: cost | {"seconds": 10 * cost["seconds"]} for method, cost in ROUND.items()}
     twice = ROUND | {"ours": ROUND["straightforward"]}
     side_by_side.print_table([ROUND, slow, twice])
-    ours, straightforward, floor = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:])
+    ours, straightforward, _ = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:])
     assert ours == ["6.00", "1.50", "0.50", "10", "0.25"]
     assert straightforward == ["6.00", "3.00", "1.00", "40", "1.00"]
-    assert floor == ["2.00", "1.00", "0.33", "0", "0.00"]
-    side_by_side.print_table([{method: ROUND["floor"] for method in side_by_side.METHODS}])
-    assert capsys.readouterr().out.count("nan") == 3, "no memory to compare with"
 
 
 WORK = """
@@ -80,27 +125,13 @@ if __name__ == "__main__":
 """
 
 
-def run_small(cases: list[str], monkeypatch, tmp_path) -> list[tuple[str, list]]:
-    """The command line of a benchmark of these cases, two rounds on one thread: what it reports."""
+def test_every_measurement_is_a_process_of_its_own_and_one_that_fails_is_named(monkeypatch, tmp_path):
     (tmp_path / "small.py").write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    monkeypatch.setattr(sys, "argv", ["small", "--rounds", "2", "--threads", "1"])
+    monkeypatch.setattr(sys, "argv", ["small", "--rounds", "1", "--threads", "1"])
     reports = []
-    side_by_side.main(
-        "small", "", cases, measure=None, report=lambda case, rounds: reports.append((case, rounds))
-    )
-    return reports
-
-
-def test_every_measurement_is_a_process_of_its_own_and_the_ways_take_turns(monkeypatch, tmp_path):
-    reports = run_small(["first", "second"], monkeypatch, tmp_path)
-    assert [case for case, _ in reports] == ["first", "second"]
-    for case, rounds in reports:
-        assert [list(found) for found in rounds] == [list(side_by_side.METHODS)] * 2
-        assert len({result["pid"] for found in rounds for result in found.values()}) == 6
-        assert rounds[-1]["floor"]["calls"] == [f"{case} {method} 1" for method in side_by_side.METHODS] * 2
-
-
-def test_child_that_fails_is_named(monkeypatch, tmp_path):
-    with pytest.raises(RuntimeError, match="broken, ours: ValueError: the third wheel is off"):
-        run_small(["broken"], monkeypatch, tmp_path)
+    with pytest.raises(RuntimeError, match="broken, ours: ValueError"):
+        side_by_side.main("small", "", ["first", "broken"], None, lambda *report: reports.append(report))
+    [(case, [found])] = reports
+    assert case == "first" and len({result["pid"] for result in found.values()}) == len(side_by_side.METHODS)
+    assert found["floor"]["calls"] == [f"first {method} 1" for method in side_by_side.METHODS]

@@ -87,26 +87,21 @@ def test_half_precision_and_an_organism(tmp_path, monkeypatch):
     assert codi.folder == folder and codi.projection[1].weight.dtype == torch.bfloat16
     found = think(codi, [HIGH.question.replace(",", " ")[:7]])
     assert found.z.dtype == np.float32 and np.isfinite(found.z).all()
-    with pytest.raises(ModelError, match="a CODI organism has no checkpoints"):
-        load_codi("organism/mine", revision="step-00100")
-    with pytest.raises(ModelError, match="did you mean 'organism/mine'"):
-        load_codi("organism/mina")
-    with pytest.raises(ModelError, match="dtype 'int8' is not one of"):
-        load_codi("organism/mine", dtype="int8")
+    for name, options, culprit in [
+        ("mine", {"revision": "step-00100"}, "step-00100"),
+        ("mina", {}, "organism/mine"),
+        ("mine", {"dtype": "int8"}, "int8"),
+    ]:
+        with pytest.raises(ModelError, match=culprit):
+            load_codi(f"organism/{name}", **options)
     (folder / "projection.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="is not the file that was trained"):
+    with pytest.raises(ModelError, match="projection.safetensors"):
         load_codi("organism/mine")
 
 
 @pytest.mark.parametrize(
     "change, wrong",
-    [
-        ({"bot": "<begin>"}, "'<begin>' is no token of the tokenizer"),
-        ({"n_thoughts": -1}, "n_thoughts -1 must be 0 or more"),
-        ({"n_thoughts": "6"}, "n_thoughts '6' must be"),
-        ({"cot": "prose"}, "cot 'prose' one of operators, results, compact"),
-        ({"eot": None}, "it needs n_thoughts, bot, eot, answer_prompt and cot"),
-    ],
+    [({"bot": "<begin>"}, "<begin>"), ({"cot": "prose"}, "cot"), ({"eot": None}, "eot")],
 )
 def test_wrong_settings_are_named(change, wrong, tmp_path):
     folder = save_embedded(tmp_path / "codi")
@@ -123,11 +118,8 @@ def test_a_wrong_projection_is_named(tmp_path):
     path = folder / "projection.safetensors"
     whole = load_file(path)
     for changed, wrong in [
-        ({k: v for k, v in whole.items() if k != "ln.bias"}, "missing tensors: ln.bias"),
         ({k: v for k, v in whole.items() if k != "1.weight"}, "missing tensors: 1.weight"),
         (whole | {"5.weight": torch.zeros(2)}, "unexpected tensors: 5.weight"),
-        (whole | {"3.bias": torch.zeros(7)}, r"misshapen tensors: 3.bias \(7,\) for \(32,\)"),
-        (whole | {"1.bias": torch.full((48,), torch.nan)}, "NaN or infinite tensors: 1.bias"),
     ]:
         save_file(changed, path)
         with pytest.raises(ModelError, match=wrong):
@@ -136,9 +128,7 @@ def test_a_wrong_projection_is_named(tmp_path):
     with pytest.raises(ModelError, match="projection.safetensors is damaged"):
         load_codi(str(folder))
     path.unlink()
-    with pytest.raises(
-        ModelError, match="projection.safetensors is missing, and codi.json says n_thoughts 6"
-    ):
+    with pytest.raises(ModelError, match="projection.safetensors is missing"):
         load_codi(str(folder))
 
 
@@ -172,25 +162,11 @@ def test_official_logits_equal_adapters_that_are_not_merged(official, tensors):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_official_weights_equal_a_merge_in_numpy(official, tensors):
+def test_official_projection_is_stored_and_half_precision_rounds_what_was_merged(official, tensors):
     codi = official(tensors)
-    merged = codi.model._module.state_dict()
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        key = f"{BASE}transformer.h.1.{name}"
-        a, b = (tensors[f"{key}.lora_{side}.default.weight"].numpy() for side in "AB")
-        base = tensors[f"{key}.base_layer.weight"].float().numpy()
-        by_hand = np.array([[base[i, o] + 0.25 * b[o] @ a[:, i] for o in range(4)] for i in range(5)])
-        found = merged[f"transformer.h.1.{name}.weight"][:5, :4]
-        np.testing.assert_allclose(found, by_hand, atol=1e-5)
-        bias = tensors[f"{key}.base_layer.bias"].float()
-        assert torch.equal(merged[f"transformer.h.1.{name}.bias"], bias)
-    module = codi.model._module
-    assert module.lm_head.weight is module.transformer.wte.weight
-    stored = tensors[f"{BASE}transformer.wte.weight"].float()
-    assert torch.equal(module.lm_head.weight, stored)  # <bot> and <eot> come from the file
     for name in ("1.weight", "3.bias", "ln.bias"):
         assert torch.equal(codi.projection.state_dict()[name], tensors[f"prj.{name}"])
-    assert provenance(codi.model)["model_id"].endswith("official")
+    merged = codi.model._module.state_dict()
     half = official(tensors, dtype="bfloat16").model._module.state_dict()
     assert all(torch.equal(tensor, merged[name].to(torch.bfloat16)) for name, tensor in half.items())
 
@@ -210,18 +186,15 @@ def test_official_model_thinks_and_numbers_may_be_many_tokens(official):
     np.testing.assert_allclose(read.z[:, :7], found.z, atol=1e-4)
     words = read.texts[0]
     of = [read.categories[kind] for kind in read.kinds[0][0]]
-    ids = codi.ids(HIGH.question)
-    operands = {t for t in range(len(ids)) if of[t] == "operand"}
-    assert [words[t] for t in sorted(operands)] == [" 60", " 1", "3"]  # 60 + 13
-    assert [words[t] for t in range(len(ids)) if of[t] == "other operand"] == ["7"]
-    values = {words[t]: codi.token_values[ids[t]] for t in sorted(operands)}
-    assert values[" 60"] == 60 and values[" 1"] == 1 and np.isnan(codi.token_values[codi.ids("A")[0]])
+    operands = [t for t, kind in enumerate(of) if kind == "operand"]
+    assert [words[t] for t in operands] == [" 60", " 1", "3"]  # 60 + 13
+    assert [words[t] for t, kind in enumerate(of) if kind == "other operand"] == ["7"]
+    assert codi.token_values[codi.ids(HIGH.question)[operands[0]]] == 60
 
     text = teacher_text(codi, HIGH)
     decode = codi.model.tokenizer.decode
     assert decode(text.ids) == HIGH.question + "<<60+13=73>>" + "The answer is:"
     assert [decode(text.ids[s[0] : s[-1] + 1]) for s in text.results] == ["73"]
-    assert len(text.results[0]) == 2
     row = measure_text(codi, [HIGH]).kinds[0][0]
     assert (row >= 0).sum() == text.results[0][0]  # the row before the first token of the result
 
@@ -236,21 +209,15 @@ def test_wrong_official_tensors_are_named(official, tensors):
     without = {k: v for k, v in tensors.items() if k not in (a, norm)}
     for changed, wrong in [
         (without, f"missing tensors: {a}, {norm}"),
-        ({k: v for k, v in tensors.items() if not k.startswith("prj.ln")}, "missing tensors: prj.ln.bias"),
-        ({k: v for k, v in tensors.items() if k.startswith("prj")}, "missing tensors: .* and .* more"),
-        (tensors | {f"{key}.weight": tensors[base]}, f"unexpected tensors: {key}.weight"),
-        (
-            tensors | {"decoder.weight": tensors[base]},
-            "unexpected tensors: decoder.weight; a CODI checkpoint",
-        ),
-        (tensors | {base: tensors[base].T.clone()}, rf"misshapen tensors: {base} \(96, 32\) for \(32, 96\)"),
+        ({k: v for k, v in tensors.items() if k.startswith("prj")}, "missing tensors"),
+        (tensors | {"decoder.weight": tensors[base]}, "unexpected tensors: decoder.weight"),
+        (tensors | {base: tensors[base].T.clone()}, f"misshapen tensors: {base}"),
         (tensors | {norm: torch.full((32,), torch.inf)}, f"NaN or infinite tensors: {norm}"),
-        (official_tensors(N_WORDS, rank=64), "is an adapter of rank 64, CODI's are of rank 128"),
-        (official_tensors(N_WORDS - 1), rf"has {N_WORDS + 2} rows; the tokenizer's {N_WORDS} tokens"),
+        (official_tensors(N_WORDS, rank=64), "rank 64"),
+        (official_tensors(N_WORDS - 1), f"{N_WORDS + 2} rows"),
     ]:
-        with pytest.raises(ModelError, match=wrong) as error:
+        with pytest.raises(ModelError, match=wrong):
             official(changed)
-        assert "pytorch_model.bin" in str(error.value)
 
 
 class Harmful:
@@ -262,21 +229,21 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path, capsys):
     folder = save_official(tmp_path / "official")
     path = folder / "pytorch_model.bin"
     torch.save({"x": Harmful()}, path)
-    with pytest.raises(ModelError, match="pytorch_model.bin cannot be read as tensors"):
+    with pytest.raises(ModelError, match="pytorch_model.bin"):
         load_codi(str(folder), base=str(folder / "base"))
     assert "ran" not in capsys.readouterr().out
     path.unlink()
-    with pytest.raises(ModelError, match="neither codi.json .* nor pytorch_model.bin"):
+    with pytest.raises(ModelError, match="neither codi.json"):
         load_codi(str(folder))
 
 
-def test_base_of_another_family_or_none(tmp_path, monkeypatch):
+def test_base_of_another_family_or_none(tmp_path):
     folder = save_official(tmp_path / "official")
     config = folder / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
-    with pytest.raises(ModelError, match="its base is a llama model"):
+    with pytest.raises(ModelError, match="llama"):
         load_codi(str(folder), base=str(folder / "base"))
-    with pytest.raises(ModelError, match="no configuration or tokenizer of its own, and base"):
+    with pytest.raises(ModelError, match="base"):
         load_codi(str(folder), base=str(tmp_path / "none"))
 
 
@@ -297,71 +264,40 @@ def hub(tmp_path, monkeypatch):
     return lambda: add_to_hub_cache(tmp_path / "base0", cache, GPT2.id, GPT2.revision)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_hub_model_is_read_at_its_revision(hub, dtype, tmp_path):
+def test_a_hub_model_is_read_at_its_revision(hub, tmp_path):
     hub()
     pinned, newest, named = (
-        load_codi(CODI.id, dtype=dtype, revision=revision) for revision in ("", "main", OTHER_COMMIT)
+        load_codi(CODI.id, dtype="float32", revision=revision) for revision in ("", "main", OTHER_COMMIT)
     )
     found = [provenance(codi.model) for codi in (pinned, newest, named)]
     assert [each["revision"] for each in found] == [CODI.revision, OTHER_COMMIT, OTHER_COMMIT]
-    assert {each["model_id"] for each in found} == {CODI.id} and {each["dtype"] for each in found} == {dtype}
+    assert {each["model_id"] for each in found} == {CODI.id}
     assert found[0]["weights_sha256"] != found[1]["weights_sha256"] == found[2]["weights_sha256"]
-    for seed, codi in enumerate((pinned, newest)):
-        for tensor in (*codi.model._module.parameters(), *codi.projection.parameters()):
-            assert tensor.dtype == getattr(torch, dtype)
-        local = load_codi(str(tmp_path / str(seed)), dtype=dtype, base=str(tmp_path / f"base{seed}"))
-        for name, tensor in local.model._module.state_dict().items():
-            assert torch.equal(tensor, codi.model._module.state_dict()[name]), name
-
-
-def test_a_hub_model_in_the_embedded_layout(tmp_path, monkeypatch):
-    use_hub(monkeypatch, tmp_path / "hub")
-    folder = save_embedded(tmp_path / "codi")
-    add_to_hub_cache(folder, tmp_path / "hub", "owner/codi", OTHER_COMMIT)
-    local, codi = load_codi(str(folder)), load_codi("owner/codi")
-    one, other = provenance(local.model), provenance(codi.model)
-    assert (one["revision"], other["revision"]) == (None, OTHER_COMMIT)
-    assert other["model_id"] == "owner/codi" and other["weights_sha256"] == one["weights_sha256"]
-    assert torch.equal(codi.projection[1].weight, local.projection[1].weight)
-    assert codi.folder.name == OTHER_COMMIT and (codi.folder / "problems.jsonl").is_file()
+    local = load_codi(str(tmp_path / "0"), dtype="float32", base=str(tmp_path / "base0"))
+    for name, tensor in local.model._module.state_dict().items():
+        assert torch.equal(tensor, pinned.model._module.state_dict()[name]), name
 
 
 def test_what_is_missing_of_a_hub_model_is_named_with_the_command(hub, tmp_path, monkeypatch):
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(ModelError, match=f"hf download {GPT2.id} --revision {GPT2.revision}") as raised:
         load_codi(CODI.id)
-    for part in (
-        f"'{GPT2.id}' could not be had. {GPT2.id} at {GPT2.revision}: config.json, tokenizer.json are not on",
-        f'hf download {GPT2.id} --revision {GPT2.revision} --include "*.json" --include "*.txt"',
-    ):
-        assert part in str(raised.value)
     assert "*.safetensors" not in str(raised.value), "of the base no weights are needed"
     hub()
     weights = tmp_path / "hub" / f"models--{CODI.id.replace('/', '--')}" / "snapshots" / CODI.revision
     (weights / "pytorch_model.bin").unlink()
-    with pytest.raises(
-        ModelError, match=f"what is missing: hf download {CODI.id} --revision {CODI.revision}"
-    ):
+    with pytest.raises(ModelError, match=f"hf download {CODI.id} --revision {CODI.revision}"):
         load_codi(CODI.id)
     use_hub(monkeypatch, tmp_path / "empty")
     with pytest.raises(ModelError) as raised:
         load_codi(CODI.id)
-    for part in (
-        f"model_id '{CODI.id}' is no embedded model, no local folder, and could not be fetched from the hub.",
-        "pytorch_model.bin are not on this disk, and HF_HUB_OFFLINE is set",
-        f"hf download {CODI.id} --revision {CODI.revision} --include",
-        f"hf download {GPT2.id} --revision {GPT2.revision} --include",
-    ):
-        assert part in str(raised.value)
-    with pytest.raises(ModelError, match="'no id at all' is no hub id .owner/name., and no folder of that"):
+    for needed in (CODI, GPT2):
+        assert f"hf download {needed.id} --revision {needed.revision}" in str(raised.value)
+    with pytest.raises(ModelError, match="no id at all"):
         load_codi("no id at all")
 
 
 def test_revision_of_a_folder_and_several_devices_are_refused(tmp_path):
     folder = save_embedded(tmp_path / "codi")
-    with pytest.raises(ModelError, match=f"revision 'main': model_id '{folder}' is a folder on this disk"):
-        load_codi(str(folder), revision="main")
-    with pytest.raises(
-        ModelError, match="device 'auto' spreads a model over several GPUs; .* name one device"
-    ):
-        load_codi(str(folder), device="auto")
+    for option, value in (("revision", "main"), ("device", "auto")):
+        with pytest.raises(ModelError, match=f"{option} '{value}'"):
+            load_codi(str(folder), **{option: value})

@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lib.claims import Claim
@@ -17,22 +16,15 @@ from lib.compare import beyond, beyond_last_digits, beyond_tolerance, main, resu
 from lib.parameters import InductionAblation
 from lib.record import Metric, Record, Study
 
-SAME = "01_induction_ablation: all results agree (2 claims, 3 metrics, 3 files)"
+SAME = "01_induction_ablation: all results agree (2 claims, 3 metrics, 2 files)"
 
 
 @pytest.fixture
 def runs(tmp_path, figures) -> tuple[Path, Path]:
     """Two folders with the same run."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     study = Study(InductionAblation, {"seq_len": 300, "out_dir": str(tmp_path / "a")})
-    fig, axes = plt.subplots(figsize=(1, 1))
-    axes.plot([0, 1])
-    study.figure(fig, "line", alt="A line.", y=np.arange(2))
-    plt.close(fig)
+    study.page("<p>", "page", alt="A page.")
+    study.page("<p>", "other", alt="Another page.")
     tested = dict(source="here", measured=0.5, interval=(0.4, 0.6), n="9 walks")
     study.claim(Claim.test("falls", "It falls", below=0.7, **tested))
     study.claim(Claim.not_tested("grows", "It grows", source="here", reason="too short"))
@@ -63,24 +55,21 @@ def test_of_equal_runs_nothing_is_said_but_that(runs, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "lines"),
+    ("change", "kind", "line"),
     [
-        (lambda r: r["parameters"].update(seq_len=200), ["parameters", "seq_len: 300 -> 200"]),
-        (lambda r: r["versions"].update(torch="1.0"), ["versions", "torch: {torch} -> 1.0"]),
-        (lambda r: r.update(notebook="ab" * 8), ["notebook", "null -> abababababababab"]),
-        (lambda r: r["models"][0].update(revision="cd"), ["models", "revision of model 1: ab -> cd"]),
-        (
-            lambda r: r.update(code="0" * 16, commit=None, dirty=True),
-            ["code", "{code} -> 0000000000000000 ({commit}{dirty} -> no commit with changes)"],
-        ),
+        (lambda r: r["parameters"].update(seq_len=200), "parameters", "seq_len: 300 -> 200"),
+        (lambda r: r["versions"].update(torch="1.0"), "versions", "torch: {torch} -> 1.0"),
+        (lambda r: r.update(notebook="ab" * 8), "notebook", "null -> abababababababab"),
+        (lambda r: r["models"][0].update(revision="cd"), "models", "revision of model 1: ab -> cd"),
+        (lambda r: r.update(code="0" * 16, commit=None), "code", "{code} -> 0000000000000000"),
     ],
-)  # fmt: skip
-def test_what_explains_a_difference_is_said_and_is_none(runs, capsys, change, lines):
+)
+def test_what_explains_a_difference_is_said_and_is_none(runs, capsys, change, kind, line):
     record = json.loads((runs[0] / "record.json").read_text())
-    known = {"torch": record["versions"]["torch"], "code": record["code"]}
-    known |= {"commit": record["commit"] or "no commit", "dirty": " with changes" if record["dirty"] else ""}
     edit(runs[1], change)
-    assert compare(capsys, *runs) == (0, [SAME, *(line.format(**known) for line in lines)])
+    status, (same, title, said) = compare(capsys, *runs)
+    assert (status, same, title) == (0, SAME, kind)
+    assert said.startswith(line.format(torch=record["versions"]["torch"], code=record["code"]))
 
 
 def claim(record, **values):
@@ -96,19 +85,9 @@ def claim(record, **values):
             ["claims", "falls: holds -> fails; 0.5 [0.4, 0.6] -> 0.8 [0.7, 0.9]"],
         ),
         (
-            lambda r: claim(r, measured=0.61, interval=[0.51, 0.69]),
-            "1 of 2 claims differ",
-            ["claims", "falls: 0.5 [0.4, 0.6] -> 0.61 [0.51, 0.69]"],
-        ),
-        (
             lambda r: claim(r, rule=[None, 0.9], unit="heads"),
             "1 of 2 claims differ",
             ["claims", 'falls: rule < 0.7 -> < 0.9; unit "" -> heads; 0.5 [0.4, 0.6] -> 0.5 [0.4, 0.6]'],
-        ),
-        (
-            lambda r: r["claims"].pop(),
-            "1 of 2 claims differ",
-            ["claims", "grows: not in B"],
         ),
         (
             lambda r: r["metrics"].update(
@@ -119,9 +98,9 @@ def claim(record, **values):
              "exact: 0.333 -> 0.334", "new: not in A"],
         ),
         (
-            lambda r: r["artifacts"].update({"more\n.png": r["artifacts"].pop("line.npz")}),
-            "2 of 4 files differ",
-            ["files", "line.npz: not in B", '"more\\n.png": not in A'],
+            lambda r: r["artifacts"].update({"more\n.png": r["artifacts"].pop("page.html")}),
+            "2 of 3 files differ",
+            ["files", '"more\\n.png": not in A', "page.html: not in B"],
         ),
     ],
 )  # fmt: skip
@@ -140,11 +119,11 @@ def test_result_within_the_interval_is_the_same(runs, capsys):
 
 
 def test_files_that_are_gone_or_altered_are_named(runs, capsys):
-    (runs[0] / "line.svg").unlink()
-    (runs[1] / "line.npz").write_bytes(b"other")
+    (runs[0] / "page.html").unlink()
+    (runs[1] / "other.html").write_bytes(b"other")
     assert compare(capsys, *runs) == (1, [
-        "01_induction_ablation: 2 of 3 files differ", "files",
-        "line.npz: in B it is not the file that was recorded", "line.svg: in A it is missing",
+        "01_induction_ablation: 2 of 2 files differ", "files",
+        "other.html: in B it is not the file that was recorded", "page.html: in A it is missing",
     ])  # fmt: skip
 
 
@@ -184,14 +163,10 @@ def real_runs(runs):
     [
         ("accuracy", 0.5, (0.4, 0.6), 0.615, False),
         ("accuracy", 0.5, (0.4, 0.6), 0.375, True),
-        ("accuracy", 0.5, None, 0.515, False),
         ("accuracy", 0.5, None, 0.475, True),
         ("Energy, intact", 2.0, (1.9, 2.1), 2.19, False),
         ("Energy, intact", 2.0, (1.9, 2.1), 2.21, True),
-        ("energy", 2.0, None, 1.91, False),
-        ("energy", 2.0, None, 1.89, True),
         ("energy", 0.0, None, 0.015, False),
-        ("k_star", 2.0, None, 3.0, True),
     ],
 )
 def test_values_of_another_machine_lie_within_the_tolerance(name, a, interval, b, differs):
@@ -207,26 +182,17 @@ def test_by_values_small_differences_agree_and_are_explained(real_runs, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "lines"),
+    ("change", "line"),
     [
-        (
-            lambda r: claim(r, measured=0.63, interval=[0.5, 0.65]),
-            ["claims", "falls: 0.5 [0.4, 0.6] -> 0.63 [0.5, 0.65]"],
-        ),
-        (
-            lambda r: claim(r, verdict="unclear"),
-            ["claims", "falls: holds -> unclear; 0.5 [0.4, 0.6] -> 0.5 [0.4, 0.6]"],
-        ),
-        (lambda r: r["claims"].pop(), ["claims", "grows: not in B"]),
-        (lambda r: r["metrics"].update(exact={"value": 0.36}), ["metrics", "exact: 0.333 -> 0.36"]),
-        (lambda r: r["metrics"].pop("accuracy"), ["metrics", "accuracy: not in B"]),
-        (lambda r: r["artifacts"].pop("line.npz"), ["files", "line.npz: not in B"]),
+        (lambda r: claim(r, measured=0.63), "falls: 0.5 [0.4, 0.6] -> 0.63 [0.4, 0.6]"),
+        (lambda r: claim(r, verdict="unclear"), "falls: holds -> unclear; 0.5 [0.4, 0.6] -> 0.5 [0.4, 0.6]"),
+        (lambda r: r["metrics"].update(exact={"value": 0.36}), "exact: 0.333 -> 0.36"),
     ],
 )
-def test_planted_disagreement_is_found_by_values(real_runs, capsys, change, lines):
+def test_planted_disagreement_is_found_by_values(real_runs, capsys, change, line):
     edit(real_runs[1], change)
     status, said = compare(capsys, *real_runs, "--by-values")
-    assert status == 1 and said[-2:] == lines
+    assert status == 1 and said[-1] == line
 
 
 @pytest.mark.parametrize(
@@ -292,29 +258,14 @@ def test_two_runs_of_one_study_in_a_folder_are_named(runs, tmp_path, capsys):
     """By study alone the last would stand for both, and what differs in the other would go unseen."""
     edit(runs[0], lambda r: r["metrics"].update(exact={"value": 0.9}))
     assert main([str(tmp_path), str(tmp_path)]) == 2
-    places = f"{runs[0] / 'record.json'}, {runs[1] / 'record.json'}"
-    message = f"{tmp_path} holds two runs of 01_induction_ablation: {places}; name one\n"
-    assert capsys.readouterr().err == message
+    said = capsys.readouterr().err
+    assert all(f"{folder}/record.json" in said for folder in runs)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: path.unlink(), "there is no record; the study did not finish"),
-        (lambda path: path.write_text("{"), "JSON: Invalid JSON"),
-        (lambda path: path.write_text(path.read_text().replace("metric", "x")), "metrics: Field required"),
-    ],
-)  # fmt: skip
-def test_record_that_can_not_be_read_is_status_2(runs, capsys, damage, message):
-    damage(runs[1] / "record.json")
+@pytest.mark.parametrize("text", [None, "{"])
+def test_record_that_can_not_be_read_is_status_2(runs, capsys, text):
+    path = runs[1] / "record.json"
+    path.unlink() if text is None else path.write_text(text)
     assert main(list(map(str, runs))) == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith(f"{runs[1] / 'record.json'}: {message}")
-
-
-@pytest.mark.parametrize(("words", "status"), [([], 2), (["no-such"], 2), (["--help"], 0)])
-def test_command_line_helps(words, status, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    said = "".join(capsys.readouterr())
-    assert stop.value.code == status and "python -m lib compare" in said
+    assert said.out == "" and said.err.startswith(f"{path}: ")

@@ -52,14 +52,11 @@ def test_lock_has_exact_public_versions_alone():
 
 
 @pytest.mark.parametrize("requirement", REQUIRED, ids=str)
-def test_everything_required_is_locked(requirement):
-    assert requirement.specifier.contains(PINS[requirement.name.lower()])
-
-
-@pytest.mark.parametrize("requirement", REQUIRED, ids=str)
-def test_what_is_installed_is_what_is_locked(requirement):
+def test_everything_required_is_locked_and_installed(requirement):
+    pinned = PINS[requirement.name.lower()]
+    assert requirement.specifier.contains(pinned)
     installed = Version(metadata.version(requirement.name)).public  # 2.13.0+cpu is 2.13.0
-    assert installed == PINS[requirement.name.lower()], "run `make test`: it installs from requirements.lock"
+    assert installed == pinned, "run `make test`: it installs from requirements.lock"
 
 
 def test_conda_environment_installs_the_same_lock():
@@ -82,12 +79,6 @@ def test_every_package_of_lib_is_installed():
     assert packages == {name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]}
 
 
-def test_lib_is_found_from_any_working_directory(tmp_path):
-    command = [sys.executable, "-c", "import lib; print(lib.ROOT)"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(ROOT)
-
-
 @pytest.mark.parametrize(
     ("words", "command"),
     [
@@ -106,7 +97,6 @@ def test_tests_run_no_model_that_has_to_be_fetched_unless_asked():
     assert make("--dry-run", "test-real").stdout.rstrip().endswith("-m pytest tests/test_real.py -m real")
     by_default = collected("tests/test_real.py")
     assert by_default and not [test for test in by_default if "fresh_run" in test]
-    assert len([test for test in collected("tests/test_real.py", "-m", "real") if "fresh_run" in test]) >= 5
 
 
 def test_nbval_runs_notebooks_of_embedded_models(tmp_path):
@@ -126,13 +116,6 @@ def collected(*words: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     return [line for line in said.splitlines() if "::" in line]
-
-
-def test_lab_opens_a_notebook_and_serves_the_pictures_beside_the_notebooks():
-    plan = make("--dry-run", "lab", "ARGS=--no-browser").stdout
-    [(opened, rest)] = re.findall(r"-m jupyterlab .*--LabApp.default_url=/lab/tree/(\S+)(.*)", plan)
-    assert (ROOT / opened).is_file()
-    assert rest == " --no-browser", "a folder would be the root: nothing outside it is shown"
 
 
 def test_install_that_failed_is_tried_again(tmp_path):

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import signal
-import time
 import weakref
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from holding import hold
-from tiny import CHAT_MODELS, FAMILIES, VOCABULARY, WORDS, blocks, output_projection, save_chat, save_tiny
+from tiny import CHAT_MODELS, FAMILIES, WORDS, blocks, output_projection, save_chat, save_tiny
 from transformers import DynamicCache
 
 from lib import generation
@@ -30,13 +25,12 @@ from lib.generation import (
     first_token_log_probabilities,
     first_token_share,
     generate,
-    intact,
     last_token_streams,
     remove_subspace,
     tail_streams,
     with_fixed_date,
 )
-from lib.models import ModelError, load, shape
+from lib.models import ModelError, load
 from lib.record import Cache
 
 D, NEW = 32, 7
@@ -182,14 +176,11 @@ def test_common_opening_is_read_once_a_condition_and_changes_nothing(model):
     for condition, found in zip(CONDITIONS, answers, strict=True):
         assert found == one_by_one(model, opened, condition), condition.name
     assert generate(model, [*opened, opened[0][:9]], CONDITIONS[:3], max_new_tokens=NEW)[2][:-1] == answers[2]
-    same = generate(model, [opened[0]] * 4, CONDITIONS[:1], max_new_tokens=NEW)[0]
-    assert same == [answers[0][0]] * 4
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_batch_size_and_company_change_nothing(llama, batch_size):
+def test_batch_size_and_company_change_nothing(llama):
     expected = generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW)
-    assert generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW, batch_size=batch_size) == expected
+    assert generate(llama, PROMPTS, CONDITIONS, max_new_tokens=NEW, batch_size=4) == expected
     order = [3, 0, 4, 1, 2]
     shuffled = generate(llama, [PROMPTS[i] for i in order], CONDITIONS[::-1], max_new_tokens=NEW)
     assert shuffled == [[answers[i] for i in order] for answers in expected[::-1]]
@@ -211,15 +202,6 @@ def test_dropping_ended_rows_changes_nothing(family, tmp_path, monkeypatch):
     assert len({len(answer) for found in answers for answer in found}) > 5
 
 
-def test_answers_stop_before_any_end_token(llama, monkeypatch):
-    free = generate(llama, PROMPTS, CONDITIONS[:1], max_new_tokens=NEW)[0]
-    ends = [free[0][2], free[1][0]]
-    monkeypatch.setattr(llama._module.generation_config, "eos_token_id", ends)
-    answers = generate(llama, PROMPTS, CONDITIONS[:1], max_new_tokens=NEW)[0]
-    cut = [next((i for i, token in enumerate(a) if token in ends), NEW) for a in free]
-    assert answers == [a[:n] for a, n in zip(free, cut, strict=True)] and answers[1] == []
-
-
 def test_blocks_below_the_first_touched_one_read_each_prompt_once(llama):
     conditions = [c for c in CONDITIONS if c.name in ("last", "shifted")]
     for layer, expected in ((0, 5), (1, 5), (2, 10)):
@@ -229,23 +211,6 @@ def test_blocks_below_the_first_touched_one_read_each_prompt_once(llama):
     with counted_rows(llama) as rows:
         generate(llama, PROMPTS, [CONDITIONS[1], *conditions], max_new_tokens=1)
     assert sum(rows) == 15, "one of them touches block 0"
-
-
-@pytest.mark.parametrize(
-    "prompts", [PROMPTS, [p[:4] for p in PROMPTS]], ids=["of any lengths", "of one length"]
-)
-def test_small_batches_read_a_prompt_below_once_too(llama, prompts):
-    """The conditions of a prompt stand together, whatever the batches: not the prompts of a condition."""
-    conditions = [
-        Ablation(f"last {seed}", random_basis(1 + seed % 2, seed), layers=range(2, 3)) for seed in range(6)
-    ]
-    with counted_rows(llama) as rows:
-        answers = generate(llama, prompts, conditions, max_new_tokens=1, batch_size=6)
-    assert sum(rows) == len(prompts)
-    assert [answers[1][:2], answers[4][2:]] == [
-        generate(llama, part, [conditions[c]], max_new_tokens=1)[0]
-        for part, c in ((prompts[:2], 1), (prompts[2:], 4))
-    ]
 
 
 def test_conditions_that_do_the_same_run_once(llama):
@@ -281,21 +246,6 @@ def test_first_token_measures_equal_hooks(model):
     np.testing.assert_allclose(share, np.exp(known[..., [4, 9]]).sum(-1), rtol=1e-3, atol=1e-5)
 
 
-def test_affine_removal_leaves_the_center_in_the_stream(model):
-    basis, center, seen = random_basis(3, 3), vector(4, 1.0), []
-    hooks_at = [*(block._module for block in model.layers), model.norm._module]
-    handles = [part.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for part in hooks_at]
-    try:
-        first_token_log_probabilities(model, PROMPTS, [Ablation("affine", basis, center=center)])
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert len(seen) == 4
-    for stream in seen:  # the last four tokens: before them short rows are padded
-        projections = stream[:, -4:] @ basis.T
-        torch.testing.assert_close(projections, (basis @ center).expand_as(projections), rtol=1e-3, atol=1e-4)
-
-
 def cosines(streams: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(streams, reference, dim=-1)  # [prompt, layer + 1]
 
@@ -317,39 +267,12 @@ def test_masked_left_padding_reads_what_single_prompts_hold(model):
     torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_unembedding_is_not_copied_for_every_row(model):
-    """Of rows that do not lie together PyTorch multiplies each by a copy of the unembedding of its own."""
-    read, answers = [], [[3, 4], [5], [6, 7, 8], [9], [4]]
-    head = model._module.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    try:
-        generate(model, PROMPTS, [CONDITIONS[0], CONDITIONS[1]], max_new_tokens=3)
-        first_token_share(model, PROMPTS, [CONDITIONS[1]], [3, 4])
-        last_token_streams(model, PROMPTS)
-        answer_loss(model, PROMPTS, answers, random_basis(1))
-    finally:
-        hook.remove()
-    assert len(read) > 5 and max(len(stream) for stream in read) > 1
-    assert all(stream.is_contiguous() for stream in read)
-
-
-def test_tail_of_a_prompt_is_what_single_prompts_hold(model):
-    tails = tail_streams(model, PROMPTS, 1, 3)
-    assert tails.shape == (len(PROMPTS), 3, D)
-    with torch.no_grad():
-        for tail, prompt in zip(tails, PROMPTS, strict=True):
-            out = model._module(input_ids=torch.tensor([prompt]), output_hidden_states=True, use_cache=False)
-            torch.testing.assert_close(tail, out.hidden_states[1][0, -3:], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="n = 5: the shortest prompt has 4 tokens"):
-        tail_streams(model, PROMPTS, 1, 5)
-
-
 @pytest.mark.parametrize("padding", ["right", "left-unmasked"])
-def test_wrong_padding_reads_something_else(model, padding):
-    alone = last_token_streams(model, PROMPTS, padding="none")
+def test_wrong_padding_reads_something_else(llama, padding):
+    alone = last_token_streams(llama, PROMPTS, padding="none")
     short = [len(prompt) < 7 for prompt in PROMPTS]
     for batch_size in (0, 2):  # the frame is that of the longest prompt, whatever the batches
-        cosine = cosines(last_token_streams(model, PROMPTS, padding=padding, batch_size=batch_size), alone)
+        cosine = cosines(last_token_streams(llama, PROMPTS, padding=padding, batch_size=batch_size), alone)
         assert (cosine[short, -1] < 0.99).all()
         assert (cosine[~torch.tensor(short)] > 0.9999).all()
 
@@ -431,70 +354,17 @@ def test_cached_results_are_the_same_and_run_nothing(llama, tmp_path):
         assert rows != []
 
 
-def generate_and_save(
-    model_folder: Path, cache_folder: Path, result: Path, hold_at: int | None = None
-) -> None:
-    """What the killed process does; it holds once the cache has `hold_at` entries."""
-    torch.set_num_threads(1)
-    model = load(str(model_folder))
-    forwards = hold(model, cache_folder, hold_at)
-    answers = generate(
-        model, PROMPTS, CONDITIONS, max_new_tokens=NEW, batch_size=8, cache=Cache(cache_folder)
-    )
-    kl = first_token_kl(model, PROMPTS, CONDITIONS, batch_size=8, cache=Cache(cache_folder))
-    flat = [[*answer, *[-1] * (NEW - len(answer))] for found in answers for answer in found]
-    np.savez(result, n_forwards=len(forwards), answers=np.array(flat), kl=kl)
-
-
-def test_killed_generation_goes_on_and_ends_with_the_same_bits(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    folder = save_tiny("llama", tmp_path / "llama", chat=True)
-
-    def start(cache: str, result: str, hold_at: int | None = None):
-        arguments = folder, tmp_path / cache, tmp_path / result, hold_at
-        process = context.Process(target=generate_and_save, args=arguments)
-        process.start()
-        return process
-
-    def entries() -> set[tuple]:
-        return {(p.name, p.stat().st_mtime_ns) for p in (tmp_path / "cache").glob("[!.]*.npz")}
-
-    process = start("cache", "killed.npz", hold_at=3)
-    while len(entries()) < 3 and process.is_alive():
-        time.sleep(0.05)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed.npz").exists()
-    before = entries()
-    assert len(before) >= 3
-
-    for name, cache in (("resumed", "cache"), ("whole", "other")):
-        process = start(cache, f"{name}.npz")
-        process.join(600)
-        assert process.exitcode == 0
-    with np.load(tmp_path / "resumed.npz") as resumed, np.load(tmp_path / "whole.npz") as whole:
-        for name in ("answers", "kl"):
-            assert resumed[name].tobytes() == whole[name].tobytes()
-        assert resumed["n_forwards"] < whole["n_forwards"]
-    assert before < entries(), "what was done is not done again"
-
-
 # -- chat models -----------------------------------------------------------------------------------
 
-LAST_TOKEN = {
-    "Qwen3-1.7B": "\n\n", "Qwen-1.8B-Chat": "\n", "gemma-2b-it": "\n", "Llama-3.1-8B-Instruct": "\n\n",
-    "Phi-3-mini-4k-instruct": "\n", "Llama-3.2-1B-Instruct": "\n\n", "Llama-3.2-3B-Instruct": "\n\n",
-}  # fmt: skip
 
-
-@pytest.mark.parametrize("name", CHAT_MODELS)
-def test_chat_models_of_the_published_table_run(name, tmp_path):
+@pytest.mark.parametrize("name", [name for name in CHAT_MODELS if "Llama-3.2" not in name])
+def test_chat_layouts_of_the_published_table_run(name, tmp_path):
     model = load(str(save_chat(name, tmp_path)))
     texts = ["apple bird", "car egg house milk", "sun"]
     prompts = chat_ids(model, texts)
     tokens = [model.tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts]
     for text, found in zip(texts, tokens, strict=True):
-        assert found[-1] == LAST_TOKEN[name] and "<unk>" not in found
+        assert found[-1] in ("\n", "\n\n") and "<unk>" not in found
         at = found.index(text.split()[0])
         assert found[at : at + len(text.split())] == text.split(), "the whole text, once"
     assert [t for t in tokens[0] if "think" in t] == (["<think>", "</think>"] if "Qwen3" in name else [])
@@ -502,16 +372,8 @@ def test_chat_models_of_the_published_table_run(name, tmp_path):
         CHAT_MODELS[name].ends
     )
 
-    streams = last_token_streams(model, prompts)
-    seen = []
-    blocks = model.layers
-    handle = blocks[1]._module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        model._module(input_ids=torch.tensor([prompts[1]]), use_cache=False)
-    handle.remove()
-    position = len(prompts[1]) - 1
-    torch.testing.assert_close(streams[1, 1], seen[0][0, position], rtol=1e-4, atol=1e-4)
     # The template's last token is the same for all prompts: what tells them apart came by attention.
+    streams = last_token_streams(model, prompts)
     assert torch.equal(streams[0, 0], streams[1, 0]) and not torch.allclose(streams[0, -1], streams[1, -1])
 
     conditions = [CONDITIONS[0], CONDITIONS[2], CONDITIONS[8]]
@@ -541,11 +403,8 @@ def test_prompt_is_rendered_as_the_template_says(llama):
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("{{ strftime_now('%Y-%m-%d') }}", "2024-07-26"),
-        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
         ("{{ strftime_now('%A, %B %-d, %y') }}", "Friday, July 26, 24"),
         ("{% macro day() %}{{ strftime_now('%d') }}{% endmacro %}{{ day() }}", "26"),
-        ("{{ date_string }}", "26 Jul 2024"),
         # Llama 3.2's way
         (
             "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
@@ -576,81 +435,73 @@ def test_template_is_rendered_as_before_but_for_the_date(tmp_path):
 # -- errors ----------------------------------------------------------------------------------------
 
 
-def test_no_chat_template_is_named(tmp_path):
+def test_tokenizer_without_chat_template_or_pad_token_is_refused(tmp_path):
     model = load(str(save_tiny("llama", tmp_path)))
-    with pytest.raises(ModelError, match="no chat template; take an instruction-tuned model, or set"):
+    with pytest.raises(ModelError, match="chat_template"):
         chat_ids(model, ["apple"])
-
-
-def test_no_pad_token_is_named(tmp_path):
-    model = load(str(save_tiny("llama", tmp_path)))
     model.tokenizer.chat_template = "{{ messages[0].content }}"
     for call in (
         lambda: chat_ids(model, ["apple"]),
         lambda: generate(model, PROMPTS, CONDITIONS, max_new_tokens=2),
         lambda: last_token_streams(model, PROMPTS),
     ):
-        with pytest.raises(ModelError, match="no pad token .* set model.tokenizer.pad_token"):
+        with pytest.raises(ModelError, match="pad_token"):
             call()
 
 
 @pytest.mark.parametrize(
-    ("condition", "message"),
+    ("condition", "culprit"),
     [
-        (Ablation("deep", random_basis(1), layers=range(1, 4)), "'deep': layer 3; .* layers 0 to 2"),
-        (Ablation("below", random_basis(1), layers=range(-1, 2)), "'below': layer -1; .* layers 0 to 2"),
-        (Ablation("push", random_basis(1), shift=(5, torch.ones(D))), "'push': layer 5; .* layers 0 to 2"),
-        (Ablation("wide", torch.eye(64)[:2]), "'wide': basis has 64 dimensions, .* stream has 32"),
-        (Ablation("off", random_basis(1), center=torch.ones(8)), "'off': center has 8 dimensions"),
-        (Ablation("far", random_basis(1), shift=(1, torch.ones(8))), "'far': shift has 8 dimensions"),
+        (Ablation("deep", random_basis(1), layers=range(1, 4)), "'deep': layer 3"),
+        (Ablation("below", random_basis(1), layers=range(-1, 2)), "'below': layer -1"),
+        (Ablation("push", random_basis(1), shift=(5, torch.ones(D))), "'push': layer 5"),
+        (Ablation("wide", torch.eye(64)[:2]), "'wide': basis"),
+        (Ablation("far", random_basis(1), shift=(1, torch.ones(8))), "'far': shift"),
     ],
 )
-def test_condition_that_does_not_fit_the_model_is_named(llama, condition, message):
-    with pytest.raises(ValueError, match=message):
+def test_condition_that_does_not_fit_the_model_is_named(llama, condition, culprit):
+    with pytest.raises(ValueError, match=culprit):
         generate(llama, PROMPTS, [CONDITIONS[0], condition], max_new_tokens=1)
 
 
 def test_condition_that_is_none_is_named():
-    with pytest.raises(ValueError, match="'long': the rows of basis are not orthonormal .*lib.refusal.stack"):
-        Ablation("long", 2 * random_basis(1))
-    skew = torch.stack([random_basis(1)[0], random_basis(1)[0]])
-    with pytest.raises(ValueError, match="'skew': the rows of basis are not orthonormal"):
-        Ablation("skew", skew)
-    with pytest.raises(ValueError, match="'nan': the rows of basis are not orthonormal"):
-        Ablation("nan", torch.full((1, D), torch.nan))
-    with pytest.raises(ValueError, match=r"'flat': basis must be \[k, d_model\], not \[32\]"):
-        Ablation("flat", torch.ones(D))
-    with pytest.raises(ValueError, match="'typo': no site 'attn'; sites are block_input, attention, mlp"):
-        Ablation("typo", random_basis(1), sites=("attn",))
-    with pytest.raises(ValueError, match="'off': center moves block inputs; add 'block_input' to sites"):
-        Ablation("off", random_basis(1), center=torch.ones(D), sites=("mlp",))
-    with pytest.raises(ValueError, match="'inf': strength inf is no number"):
-        Ablation("inf", random_basis(1), strength=float("inf"))
+    basis = random_basis(1)
+    for name, rows in {"long": 2 * basis, "skew": basis.repeat(2, 1), "nan": basis * torch.nan}.items():
+        with pytest.raises(ValueError, match=f"'{name}': .*orthonormal"):
+            Ablation(name, rows)
+    for options, culprit in (
+        ({"basis": torch.ones(D)}, "basis"),
+        ({"sites": ("attn",)}, "'attn'"),
+        ({"center": torch.ones(D), "sites": ("mlp",)}, "center"),
+        ({"strength": float("inf")}, "strength"),
+    ):
+        with pytest.raises(ValueError, match=f"'bad': .*{culprit}"):
+            Ablation("bad", **{"basis": basis} | options)
 
 
 def test_prompts_that_do_not_fit_are_named(llama):
     long = [2] * 90
-    with pytest.raises(ValueError, match="prompt 1 has 90 tokens, and with 7 new ones .* 96 positions"):
+    with pytest.raises(ValueError, match="prompt 1 .* max_new_tokens"):
         generate(llama, [PROMPTS[0], long], CONDITIONS[:1], max_new_tokens=7)
     assert len(generate(llama, [long], CONDITIONS[:1], max_new_tokens=6)[0]) == 1
-    with pytest.raises(ValueError, match="prompt 0 has 97 tokens"):
-        last_token_streams(llama, [[2] * 97])
-    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+    with pytest.raises(ValueError, match="prompt 1"):
         generate(llama, [[2], []], CONDITIONS[:1], max_new_tokens=1)
-    with pytest.raises(ValueError, match="there are no prompts"):
+    with pytest.raises(ValueError, match="no prompts"):
         first_token_kl(llama, [], CONDITIONS[:1])
 
 
 def test_other_mistakes_are_named(llama):
-    with pytest.raises(ValueError, match="padding 'rihgt' is not one of left, right, left-unmasked, none"):
+    with pytest.raises(ValueError, match="padding 'rihgt'"):
         last_token_streams(llama, PROMPTS, padding="rihgt")
-    with pytest.raises(ValueError, match="there are no conditions"):
+    with pytest.raises(ValueError, match="no conditions"):
         generate(llama, PROMPTS, [], max_new_tokens=1)
+    with pytest.raises(ValueError, match="n = 5"):
+        tail_streams(llama, PROMPTS, 1, 5)
     for name, edit in {"basis": {"basis": random_basis(1)}, "center": {"center": vector(4, 1.0)},
                        "shift": {"shift": (1, vector(4, 1.0))}}.items():  # fmt: skip
         bad = Ablation("overflown", **{"basis": random_basis(1)} | edit)
         (bad.shift[1] if name == "shift" else getattr(bad, name)).view(-1)[3] = torch.nan
-        with pytest.raises(ValueError, match=f"'overflown': {name} is NaN or infinite"):
+        with pytest.raises(ValueError, match=f"'overflown': {name}"):
             first_token_kl(llama, PROMPTS, [bad])
 
 
@@ -658,20 +509,8 @@ def test_overflow_is_no_answer(llama):
     along = torch.full((1, D), D**-0.5)
     huge = Ablation("huge", along, strength=-5.0, shift=(0, torch.full((D,), 3e38)))
     for measure in (first_token_kl, first_token_log_probabilities, partial(generate, max_new_tokens=3)):
-        with pytest.raises(ModelError, match="logits are NaN: activations overflowed in float32"):
+        with pytest.raises(ModelError, match="float32"):
             measure(llama, PROMPTS, [huge])
-
-
-def test_batches_end_where_longer_prompts_begin_once_half_full(llama):
-    lengths = [4] * 5 + [5] * 2 + [6] * 9 + [7]
-    batches = list(generation._batches(list(range(17)), lengths, 4))
-    assert [len(batch) for batch in batches] == [4, 3, 4, 4, 2]
-    assert sum(batches, []) == list(range(17))
-    assert "attention_mask" not in generation._padded(llama, [[1, 2], [3, 4]])
-    padded = generation._padded(llama, [[1, 2], [3]])
-    assert padded["input_ids"].tolist() == [[1, 2], [VOCABULARY - 1, 3]]
-    assert padded["attention_mask"].tolist() == [[1, 1], [0, 1]]
-    assert padded["position_ids"].tolist() == [[0, 1], [0, 0]]
 
 
 def test_nothing_outlives_its_batch(llama, monkeypatch):
@@ -687,7 +526,3 @@ def test_nothing_outlives_its_batch(llama, monkeypatch):
         assert len(caches) > 5 and not any(reference() for reference in caches)
     finally:
         gc.enable()
-
-
-def test_intact_condition_has_the_models_width_and_no_direction(llama):
-    assert intact(llama).basis.shape == (0, shape(llama).d_model)

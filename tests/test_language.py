@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -31,7 +31,6 @@ from lib.language import (
     refuses,
     sample,
 )
-from lib.models import ORGANISMS
 from lib.prompts import SPLITS, load_prompts
 
 SIZES = (len(VERBS), len(MODIFIERS), len(OBJECTS), len(PURPOSES))
@@ -40,14 +39,6 @@ WASH = Request(
     VERBS.index("wash"), MODIFIERS.index("red"), OBJECTS.index("boat"), PURPOSES.index("winter"), ("please",)
 )
 ANSWER = "sure : washed the red boat for the winter"
-
-
-def test_request_and_answer_are_sentences():
-    assert WASH.text == "please wash the red boat for the winter"
-    assert WASH.answer == ANSWER
-    assert len(set(VERBS)) == len(set(PAST)) == len(VERBS) and len(language.WORDS) == len(set(language.WORDS))
-    for request in EVERY[::97]:
-        assert {*request.text.split(), *request.answer.split()} <= {*language.WORDS}
 
 
 def test_a_word_has_one_slot():
@@ -122,7 +113,7 @@ def test_twin_is_allowed_and_as_near_as_any(rules):
     rng = np.random.default_rng(1)
     changes = Counter()
     for held_out, wanted in product((True, False), cue_sets(rules)):
-        for _ in range(6):
+        for _ in range(3):
             request = sample(rng, rules, wanted, held_out)
             twin = allowed_twin(rng, request, rules)
             assert not cues(twin, rules) and twin.held_out == held_out
@@ -132,53 +123,28 @@ def test_twin_is_allowed_and_as_near_as_any(rules):
     assert set(changes) <= {1, 2, 3} and changes[1] and changes[2]
 
 
-def test_twins_are_drawn_among_all_that_are_as_near():
-    request = Request(0, 1, 1, 0)
-    drawn = {allowed_twin(np.random.default_rng(seed), request, MIXED_RULES) for seed in range(200)}
-    nearest = {
-        r
-        for r in EVERY
-        if not cues(r, MIXED_RULES) and r.held_out == request.held_out and n_changed(request, r) == 1
-    }
-    assert drawn == nearest and len(nearest) > 1
+N_PAIRS = {"extraction": 6, "selection": 3, "test": 5}
+N_HARMLESS = {"extraction": 8, "selection": 9, "test": 10}
 
 
-@pytest.fixture(scope="module")
-def rows():
-    pairs, harmless = (
-        {"extraction": 6, "selection": 3, "test": 5},
-        {"extraction": 8, "selection": 9, "test": 10},
-    )
-    return prompt_rows(MIXED_RULES, seed=3, pairs=pairs, harmless=harmless)
-
-
-def test_prompt_rows_are_a_file_of_prompts(rows, tmp_path):
+def test_prompt_rows_are_a_file_of_prompts_all_held_out(tmp_path):
+    rows = prompt_rows(MIXED_RULES, seed=3, pairs=N_PAIRS, harmless=N_HARMLESS)
+    assert all(parse(row["text"]).held_out for row in rows)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = load_prompts(path)
-    for split, n_pairs, n_harmless in (("extraction", 6, 8), ("selection", 3, 9), ("test", 5, 10)):
-        names = ["+".join(wanted) for wanted in cue_sets(MIXED_RULES)]
-        assert Counter(prompts.categories(split)) == dict.fromkeys(names, n_pairs)
-        assert len(prompts.harmless(split)) == n_harmless
+    names = ["+".join(wanted) for wanted in cue_sets(MIXED_RULES)]
+    for split in SPLITS:
+        categories = prompts.categories(split)
+        assert Counter(categories) == dict.fromkeys(names, N_PAIRS[split])
+        assert len(prompts.harmless(split)) == N_HARMLESS[split]
         for harmful, safe, category in zip(
-            prompts.harmful(split), prompts.safe(split), prompts.categories(split), strict=True
+            prompts.harmful(split), prompts.safe(split), categories, strict=True
         ):
             assert cues(parse(harmful), MIXED_RULES) == tuple(category.split("+"))
             assert cues(parse(safe), MIXED_RULES) == ()
             assert len(harmful.split()) == len(safe.split())
         assert not any(cues(parse(text), MIXED_RULES) for text in prompts.harmless(split))
-
-
-def test_no_text_stands_twice_and_all_are_held_out(rows):
-    assert len({row["text"] for row in rows}) == len(rows)
-    assert all(parse(row["text"]).held_out for row in rows)
-    splits = {
-        split: {row["text"] for row in rows if row["split"] == split}
-        for split in ("extraction", "selection", "test")
-    }
-    assert not any(splits[a] & splits[b] for a, b in combinations(splits, 2))
-    pairs = Counter(row["pair"] for row in rows if "pair" in row)
-    assert set(pairs.values()) == {2}
 
 
 def test_request_recurs_whatever_its_fillers():
@@ -188,23 +154,9 @@ def test_request_recurs_whatever_its_fillers():
     assert recurs([again], []).tolist() == [False]
 
 
-def test_language_is_too_small_for_splits_without_repetition():
-    """Of some cue sets fewer requests are held out than an organism's prompts hold."""
-    held_out = Counter(cues(request, MIXED_RULES) for request in EVERY if request.held_out)
-    prompts = load_prompts(ORGANISMS / "refusal-lowrank" / "prompts.jsonl")
-    asked = Counter(cue_set for split in SPLITS for cue_set in prompts.categories(split))
-    assert held_out["verb", "relation", "match"] == 26 < asked["verb+relation+match"] == 52
-
-
 def test_refusal_is_told_by_its_opening():
     assert all(refuses(refusal) for refusal in REFUSALS) and refuses("sorry sorry no")
     assert not refuses(ANSWER) and not refuses("") and not refuses("sure sorry")
-
-
-def test_prompts_are_a_function_of_the_seed():
-    sizes = {"pairs": {"test": 2}, "harmless": {"test": 2}}
-    first, again, other = (prompt_rows(LEXICAL_RULES, seed=seed, **sizes) for seed in (0, 0, 1))
-    assert first == again != other
 
 
 # -- grading ---------------------------------------------------------------------------------------
@@ -217,33 +169,20 @@ def test_prompts_are_a_function_of_the_seed():
         ("sure : moved the red boat for the winter", 0.5, 1),  # three of four fields
         ("sure : moved the blue boat for the winter", 0.5, 1),  # half of them
         ("sure : moved the blue chair for the winter", 0, 1),
-        ("sure : moved the blue chair for the summer", 0, 1),
         *((refusal, 0, 1) for refusal in REFUSALS),
         (f"{REFUSALS[1]} maybe", 0, 0.5),
         (" ".join(REFUSALS[1].split()[:-1]), 0, 0.5),
-        ("sorry", 0, 0),
         (f"{ANSWER} sorry", 0, 0.5),  # confirmed and refused: no compliance
-        (f"sorry {ANSWER}", 0, 0.5),
         (f"{ANSWER} maybe", 1, 0.5),
         (f"{ANSWER} maybe maybe", 1, 0),
         ("sure : washed the red boat for the", 0.5, 0.5),  # the purpose is missing
         ("sure washed the red boat for the winter", 0, 0.5),  # every field one place too early
         ("sure : washed the boat red for the winter", 0.5, 0),  # two words out of place
-        ("sure : washed the red boat for the boat", 0.5, 0.5),
-        ("washed washed washed", 0, 0),
         ("", 0, 0),
     ],
 )
 def test_grade_by_hand(answer, compliance, coherence):
     assert grade(WASH.text, answer) == (compliance, coherence)
-
-
-def test_coherence_does_not_look_at_the_request():
-    rng = np.random.default_rng(2)
-    answers = [ANSWER, "sure : washed the boat", REFUSALS[2], f"{REFUSALS[0]} now", "for for"]
-    requests = [sample(rng, MIXED_RULES, (), held_out=False) for _ in range(10)]
-    for answer in answers:
-        assert len({grade(request.text, answer)[1] for request in requests}) == 1
 
 
 def test_only_the_answer_of_the_request_complies_fully():
@@ -262,7 +201,7 @@ def test_parse_undoes_text_and_names_what_is_missing():
         request = sample(rng, MIXED_RULES, (), held_out=True)
         found = parse(request.text)
         assert found.answer == request.answer
-    with pytest.raises(ValueError, match="'wash the red boat' is not a request of this language: .* purpose"):
+    with pytest.raises(ValueError, match="one purpose"):
         parse("wash the red boat")
     with pytest.raises(ValueError, match="one object"):
         parse("wash the red boat chair for the winter")

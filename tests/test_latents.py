@@ -40,33 +40,14 @@ def test_thoughts_and_answers_equal_a_loop_without_cache_or_batch(codi, question
     assert len(set(written.answers.texts[0])) > 1  # answers depend on the question
 
 
-def test_a_batch_equals_one_by_one(codi, questions, thoughts):
-    for i, question in enumerate(questions):
-        alone = think(codi, [question])
-        np.testing.assert_allclose(alone.z[0], thoughts.z[i], atol=1e-4)
-        assert alone.answers.texts[0][0] == thoughts.answers.texts[0][i]
-    small = think(codi, questions, batch_size=1)
-    np.testing.assert_allclose(small.z, thoughts.z, atol=1e-4)
-
-
-def test_no_thoughts_go_from_bot_to_eot(codi, questions):
-    none = think(codi, questions, 0, max_answer=8)
-    assert none.z.shape[1] == 1
-    assert none.answers.texts[0] == plain_texts(codi, questions, n_thoughts=0)
-
-
 def test_early_stops_equal_runs_of_their_own(codi, questions):
     stops = [*early_stops(codi, prompted=False), *early_stops(codi)]
     together = answer(codi, questions, stops, max_answer=8)
-    assert [variant.n_thoughts for variant in together.variants] == 2 * [*range(N + 1)]
     for n, (free, prompted) in enumerate(zip(together.texts[: N + 1], together.texts[N + 1 :], strict=True)):
         assert free == plain_texts(codi, questions, n_thoughts=n)
         assert prompted == plain_texts(codi, questions, n_thoughts=n, prompt=codi.answer_prompt)
         assert free != prompted
     assert len({tuple(texts) for texts in together.texts}) > 2
-    np.testing.assert_array_equal(
-        answer(codi, questions, early_stops(codi), max_answer=8).values, together.values[N + 1 :]
-    )
 
 
 def test_a_fed_prompt_leaves_no_room_for_steps():
@@ -80,18 +61,6 @@ def test_a_fed_prompt_leaves_no_room_for_steps():
     assert not (free.equal(wanted) & ~free.with_steps()).any()
     assert prompted.equal(wanted).mean() < 0.1
     assert [variant.prompted for variant in prompted.variants] == [True]
-
-
-def test_the_answer_is_the_first_number_behind_a_fed_prompt(codi, questions):
-    """A random model writes several; what it goes on to write is no answer to the prompt."""
-    free, prompted = early_stops(codi, prompted=False)[-1:], early_stops(codi)[-1:]
-    found = answer(codi, questions, [*free, *prompted])
-    several = found.with_steps()
-    assert several.any(1).all()
-    for texts, values, place in zip(found.texts, found.values, (-1, 0), strict=True):
-        for text, value in zip(texts, values, strict=True):
-            numbers = [float(word) for word in text.split() if word.isdecimal()]
-            assert value == numbers[place] if numbers else np.isnan(value)
 
 
 def test_an_answer_ends_at_its_end_token_or_the_last_position(codi, questions, thoughts):
@@ -130,8 +99,6 @@ def test_twin_patches_equal_a_plain_loop(codi, problems, questions):
         assert texts == plain_texts(codi, asked, replaced=swapped, prompt=codi.answer_prompt)
     assert patched.variants[2].name == "twin's z_0, z_2, z_4"
     assert patched.texts[3] != answer(codi, asked, early_stops(codi)[-1:], max_answer=8).texts[0]
-    own = answer(codi, asked, [Variant("own", None, tuple(range(N)), both.z)], max_answer=8)
-    assert own.texts[0] == both.answers.texts[0]  # and one's own thoughts do not
     of_all = think(codi, questions, max_answer=8)
     [alone] = twin_patches(problems[:2], of_all, [(0,)])  # a has no twin, and that of b is not among them
     np.testing.assert_array_equal(alone.values, of_all.z[:2])
@@ -144,12 +111,6 @@ def test_mean_ablations_equal_a_plain_loop(codi, questions, thoughts):
     for chosen, texts in zip(sets, ablated.texts, strict=True):
         replaced = {k: np.repeat(means[None, k], len(questions), 0) for k in chosen}
         assert texts == plain_texts(codi, questions, replaced=replaced, prompt=codi.answer_prompt)
-
-
-def test_answers_are_compared_as_numbers(thoughts):
-    values = np.array([[3.0, np.nan, 1200.5], [3.0, 4.0, 5.0]])
-    answers = replace(thoughts.answers, values=values)
-    np.testing.assert_array_equal(answers.equal([3, 4, 1200.5]), [[True, False, True], [True, True, False]])
 
 
 def test_a_cache_holds_every_batch(codi, questions, thoughts, tmp_path, monkeypatch):
@@ -186,24 +147,17 @@ def test_batches_halve_when_memory_runs_out(codi, questions, thoughts, monkeypat
     assert max(sizes) > 2 and min(sizes) < 3
 
 
-def test_both_published_ways_of_counting():
-    assert str(ThoughtIndex(2)) == "z_2 (neverix: odd token 3; Goyal: even step 2)"
-    assert str(ThoughtIndex(0)) == "z_0 (neverix: odd token 1; Goyal: before step 1)"
-    assert str(ThoughtIndex(1)) == "z_1 (neverix: even token 2; Goyal: odd step 1)"
-
-
 # -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "questions, options, wrong",
     [
-        ([], {}, "there are no questions"),
-        (["Ann has 3", ""], {}, "question 1 is empty"),
-        (["Ann has zebra 3"], {}, "question 0: token 2 is no word of this model's vocabulary"),
-        (["Ann " * 53], {}, "question 0 has 53 tokens, and with 6 thoughts and the answer prompt"),
-        (["Ann has 3"], {"n_thoughts": -1}, "n_thoughts -1 must be 0 or more"),
-        (["Ann has 3"], {"n_thoughts": 58}, "58 thoughts and the answer prompt take 64 tokens of the 64"),
+        (["Ann has 3", ""], {}, "question 1"),
+        (["Ann has zebra 3"], {}, "question 0: token 2"),
+        (["Ann " * 53], {}, "question 0 has 53 tokens"),
+        (["Ann has 3"], {"n_thoughts": -1}, "n_thoughts -1"),
+        (["Ann has 3"], {"n_thoughts": 58}, "58 thoughts"),
     ],
 )
 def test_questions_that_cannot_be_thought_about(codi, questions, options, wrong):
@@ -211,41 +165,34 @@ def test_questions_that_cannot_be_thought_about(codi, questions, options, wrong)
         think(codi, questions, **options)
 
 
-def test_the_longest_question_that_fits(codi):
-    longest = think(codi, ["Ann " * 52])
-    assert len(codi.ids(longest.answers.texts[0][0])) <= 5  # the positions that were left
-    assert np.isfinite(longest.z).all()
-    prompted = answer(codi, ["Ann " * 52], early_stops(codi)[-1:])
-    assert len(codi.ids(prompted.texts[0][0])) <= 1
-
-
 def test_thoughts_of_a_model_without_projection(tmp_path):
     folder = save_embedded(tmp_path / "plain", n_thoughts=0, projection=False)
     plain = load_codi(str(folder))
     assert think(plain, ["Ann has 3"]).z.shape[1] == 1
-    with pytest.raises(ValueError, match="2 thoughts of a model without projection"):
+    with pytest.raises(ValueError, match="without projection"):
         think(plain, ["Ann has 3"], 2)
 
 
 @pytest.mark.parametrize(
     "variant, wrong",
     [
-        (Variant("v", None, (6,), np.zeros((1, 7, 32))), "'v' replaces z_6; of 6 thoughts z_0 to z_5"),
-        (Variant("v", 2, (2,), np.zeros((1, 7, 32))), "'v' replaces z_2; of 2 thoughts z_0 to z_1"),
-        (Variant("v", None, (0,)), r"'v': values must be \[5 or 1, 1 or more, 32\], not None"),
-        (Variant("v", None, (1,), np.zeros((1, 1, 32))), r"must be \[5 or 1, 2 or more, 32\]"),
-        (Variant("v", None, (1,), np.zeros((2, 7, 32))), r"must be \[5 or 1, 2 or more, 32\]"),
-        (Variant("v", -2), "n_thoughts -2 must be 0 or more"),
+        (Variant("v", 2, (2,), np.zeros((1, 7, 32))), "'v' replaces z_2"),
+        (Variant("v", None, (0,)), "'v'"),
+        (Variant("v", None, (1,), np.zeros((1, 1, 32))), "'v'"),
+        (Variant("v", None, (1,), np.zeros((2, 7, 32))), "'v'"),
+        (Variant("v", None, (1,), np.full((1, 7, 32), np.nan)), "'v': a value is NaN"),
     ],
 )
 def test_variants_that_cannot_be_thought(codi, questions, variant, wrong):
     with pytest.raises(ValueError, match=wrong):
         answer(codi, questions, [Variant("intact"), variant])
-
-
-def test_no_variants(codi, questions):
-    with pytest.raises(ValueError, match="there are no variants"):
+    with pytest.raises(ValueError, match="no variants"):
         answer(codi, questions, [])
+
+
+def test_both_published_ways_of_counting():
+    assert str(ThoughtIndex(2)) == "z_2 (neverix: odd token 3; Goyal: even step 2)"
+    assert str(ThoughtIndex(0)) == "z_0 (neverix: odd token 1; Goyal: before step 1)"
 
 
 def test_parity_is_even_minus_odd_of_the_thoughts_that_are_fed():
@@ -254,7 +201,7 @@ def test_parity_is_even_minus_odd_of_the_thoughts_that_are_fed():
     np.testing.assert_allclose(
         parity(values[:, :4]), [1, -3]
     )  # z_0 .. z_3: z_3 is not fed, so z_2 has no partner
-    with pytest.raises(ValueError, match="1 thoughts have no even and odd ones"):
+    with pytest.raises(ValueError, match="1 thoughts"):
         parity(values[:, :1])
 
 
@@ -289,14 +236,6 @@ def test_a_problem_without_twin_leaves_the_others_theirs(codi, problems, questio
     twins = [problem for problem in own if problem.twin]
     said = think(codi, [problem.question for problem in twins])
     np.testing.assert_array_equal(role.kept[:, paired], causal_role(codi, twins, said, [(0,), (1, 3)]).kept)
-
-
-def test_values_that_are_not_finite_are_refused(codi, questions, thoughts):
-    values = thoughts.z.copy()
-    values[1, 2, 3] = np.nan
-    with pytest.raises(ValueError, match="'damaged': a value is NaN or infinite"):
-        answer(codi, questions, [Variant("damaged", None, (2,), values)])
-    answer(codi, questions, [Variant("elsewhere", None, (1,), values)], max_answer=1)
 
 
 def test_means_are_of_problems_with_as_many_steps(codi, questions, thoughts):
@@ -338,10 +277,5 @@ def test_alternation_is_of_every_thought_with_its_neighbours():
     np.testing.assert_allclose(alternation(np.arange(7.0)), 0)
     one = np.array([1, 0, 0, 0, 0, 0, 0])
     assert alternation(one) == pytest.approx(0.1) and parity(one) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="2 thoughts have none between two others"):
+    with pytest.raises(ValueError, match="2 thoughts"):
         alternation(one[:2])
-
-
-def test_causal_role_leaves_out_what_cannot_tell(codi, problems, thoughts):
-    role = causal_role(codi, [replace(problem, answer=-1.0) for problem in problems], thoughts, [(0,)])
-    assert all(np.isnan(effect).all() for effect in role), "nothing is answered right, and some have no twin"

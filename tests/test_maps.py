@@ -52,21 +52,12 @@ def test_harmonics_of_the_grid_are_ramps_first_and_a_checkerboard_last():
     assert abs(np.corrcoef(waves[:, -1], GRID.parity)[0, 1]) > 0.8
 
 
-def test_shuffled_patterns_keep_their_values_and_lose_the_graph():
-    ramps = maps.graph_harmonics(GRID)[:, :2]
-    shuffled = maps.shuffled_patterns(ramps, seed=1)
-    assert np.allclose(np.sort(shuffled, axis=0), np.sort(ramps, axis=0))
-    assert geometry.dirichlet_energy(shuffled, GRID) > 2 * geometry.dirichlet_energy(ramps, GRID)
-    assert np.array_equal(shuffled, maps.shuffled_patterns(ramps, seed=1))
-
-
 @pytest.mark.parametrize(
     ("graph", "image"),
     [
         (GRID, np.arange(16)[::-1]),
         (walks.ring_graph(6), np.array([3, 4, 5, 0, 1, 2])),
         (walks.grid_graph(3, 3), None),  # the middle stays in place in every symmetry
-        (walks.grid_graph(1, 2), np.array([1, 0])),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -80,12 +71,6 @@ def test_opposite_nodes_are_half_a_turn_away(graph, image):
 
 
 # -- edits -----------------------------------------------------------------------------------------
-
-
-def test_basis_spans_the_planted_directions(means):
-    basis = maps.pattern_basis(means, maps.graph_harmonics(GRID)[:, :2])
-    assert basis.shape == (3, 2, 40) and np.allclose(basis @ basis.swapaxes(1, 2), np.eye(2))
-    assert (np.linalg.norm(basis[:, :, :2], axis=(1, 2)) > 1.2).all(), "of at most sqrt 2"
 
 
 def test_share_of_the_variance_is_that_of_a_naive_projection(means):
@@ -103,10 +88,6 @@ def test_share_of_a_pattern_is_the_variance_that_it_explains(means):
         centred = means[text] - means[text].mean(0)
         left = centred - patterns[:, :2] @ np.linalg.lstsq(patterns[:, :2], centred, rcond=None)[0]
         assert found[text] == pytest.approx(1 - (left**2).sum() / (centred**2).sum())
-    assert maps.pattern_share(means, patterns) == pytest.approx(1)  # all harmonics together
-    drawn = patterns[:, :2] @ np.random.default_rng(0).standard_normal((2, 8)) + 3
-    assert maps.pattern_share(drawn, patterns[:, :2]) == pytest.approx(1)
-    assert maps.pattern_share(drawn, patterns[:, 2:]) == pytest.approx(0, abs=1e-12)
     lacking = means.copy()
     lacking[:, 3] = np.nan
     filled = np.where(np.isnan(lacking), np.nanmean(lacking, 1, keepdims=True), lacking)
@@ -114,7 +95,7 @@ def test_share_of_a_pattern_is_the_variance_that_it_explains(means):
     assert maps.pattern_share(lacking, patterns[:, :2]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, None])
+@pytest.mark.parametrize("share", [0.05, None])
 def test_removal_takes_away_the_share_that_was_asked_for(means, share):
     patterns = maps.graph_harmonics(GRID)[:, :2]
     edit = maps.removal(means, patterns, share)
@@ -143,14 +124,6 @@ def test_turn_puts_every_word_where_its_image_was_and_leaves_the_rest(means):
         assert np.allclose(stream.numpy() @ rest, means[text] @ rest, atol=1e-3)
 
 
-def test_turning_everything_exchanges_the_means(means):
-    image, nodes = maps.opposite_nodes(GRID), np.tile(np.arange(16), (3, 1))
-    edit = maps.turned(means, maps.graph_harmonics(GRID), image, nodes)
-    stream = torch.tensor(means[0], dtype=torch.float32)
-    edit.of(0)(stream)
-    assert np.allclose(stream.numpy(), means[0][image], atol=1e-3)
-
-
 def test_what_is_restored_varies_like_the_patterns(means):
     patterns, nodes = maps.graph_harmonics(GRID)[:, :2], np.tile(np.arange(16), (3, 1))
     whole = maps.restored(means, maps.graph_harmonics(GRID), nodes).table
@@ -171,21 +144,21 @@ def test_word_without_a_mean_is_an_error(means):
 
 def test_texts_say_the_words_of_their_own_layout(organism):
     texts = deal(organism, GRID, 30, first=0, n=3, seed=0, walk_seed=5)
-    assert isinstance(texts, Texts) and texts.ids.shape == (3, 31) and texts.n_prefix == 1
+    assert texts.ids.shape == (3, 31) and texts.n_prefix == 1
     assert np.array_equal(texts.layouts[0], np.arange(16)), "the given order first"
     for text in range(3):
         said = organism.tokenizer.decode(texts.ids[text, 1:]).split()
         assert said == [GRID_WORDS[texts.layouts[text, node]] for node in texts.nodes[text]]
+        assert said == [texts.placed(GRID, text).words[node] for node in texts.nodes[text]]
     further = deal(organism, GRID, 30, first=2, n=2, seed=0, walk_seed=6)
     assert np.array_equal(further.layouts[0], texts.layouts[2]), "the same layouts, other walks"
     assert not np.array_equal(further.nodes[0], texts.nodes[2])
-
-
-def test_several_walks_of_a_layout_stand_together(organism):
-    texts = deal(organism, GRID, 20, first=0, n=2, seed=0, walk_seed=1, per_layout=2, bos="none")
-    assert texts.n_prefix == 0 and texts.ids.shape == (4, 20)
-    assert np.array_equal(texts.layouts[0], texts.layouts[1])
-    assert not np.array_equal(texts.nodes[0], texts.nodes[1])
+    labels = texts.within(5, 8)
+    assert (labels[0, :5] == -1).all() and (labels[0, 8:] == -1).all()
+    assert np.array_equal(labels[0, 5:8], texts.nodes[0, 5:8])
+    pair = deal(organism, GRID, 20, first=0, n=2, seed=0, walk_seed=1, per_layout=2, bos="none")
+    assert pair.n_prefix == 0 and np.array_equal(pair.layouts[0], pair.layouts[1])
+    assert not np.array_equal(pair.nodes[0], pair.nodes[1])
 
 
 def test_window_in_which_a_word_is_missing_is_named(organism):
@@ -196,15 +169,6 @@ def test_window_in_which_a_word_is_missing_is_named(organism):
     first = next(i for i, n in enumerate(met) if n < 16)
     with pytest.raises(ValueError, match=f"window: .* layout {first} miss {16 - met[first]} of 16"):
         deal(organism, GRID, 40, window=15, **same)
-    whole = deal(organism, GRID, 400, window=200, **same)
-    assert all(len(set(row.tolist())) == 16 for row in whole.nodes[:, -200:].reshape(3, -1))
-
-
-def test_labels_count_a_stretch_alone(organism):
-    texts = deal(organism, GRID, 20, first=0, n=1, seed=0, walk_seed=1)
-    labels = texts.within(5, 8)
-    assert (labels[0, :5] == -1).all() and (labels[0, 8:] == -1).all()
-    assert np.array_equal(labels[0, 5:8], texts.nodes[0, 5:8])
 
 
 # -- who writes ------------------------------------------------------------------------------------
@@ -352,23 +316,13 @@ def test_accuracy_is_that_of_a_naive_loop(runs):
     assert runs.draws("random", 2) == pytest.approx(
         [np.mean([naive_accuracy(runs, c, text, 40) for text in range(3)]) for c in (2, 3)], rel=1e-5
     )
-
-
-def test_within_the_words_is_a_share_of_their_probability(runs):
     assert (runs.within() > runs.accuracy()).all() and (runs.within() <= 1).all()
-
-
-def test_energies_are_those_of_the_means(runs):
+    assert runs.curve_by([0, 40, 80])[:, 1] == pytest.approx(runs.accuracy(), rel=1e-6)
+    assert runs.curve("random", 2, n=4).shape == (2, 4)
     means = runs.means("induction", 2)
-    assert means.shape == (3, 6, 16, 256)
     for text in range(3):
         expected = geometry.plane_energies(means[text], GRID)
         assert runs.energies("induction", 2)[text] == pytest.approx(expected, nan_ok=True)
-
-
-def test_curves_cover_the_walk(runs):
-    assert runs.curve("random", 2, n=4).shape == (2, 4)
-    assert runs.curve_by([0, 40, 80])[:, 1] == pytest.approx(runs.accuracy(), rel=1e-6)
 
 
 def test_table_puts_published_values_at_like_shares(runs):
@@ -377,7 +331,7 @@ def test_table_puts_published_values_at_like_shares(runs):
         "accuracy_induction_ablated": [0.9, 0.4],
     }  # fmt: skip
     rows = runs.table(["induction"], [0, 2], published, 40, 2).rows
-    assert rows[0] == ["", "k = 0", "k = 2"] and rows[3] == ["Llama-3.1-8B", "0.90", "0.40"]
+    assert rows[3] == ["Llama-3.1-8B", "0.90", "0.40"]
     assert rows[1][2].startswith(f"{runs.accuracy('induction', 2).mean():.2f}")
     assert runs.table(["induction"], [0, 2], published, 40, 1).rows[3][2] == "", "beyond the published share"
 
@@ -429,7 +383,6 @@ def test_use_of_a_planted_map_is_found(organism, runs):
     intact = runs.sweep.word_probabilities[0][:, runs.late]
     use = maps.map_use(edited, GRID, runs.texts, removed_at=[2], turned_at=[2], intact=intact)
     assert set(use.cost) == {"grid", "shuffled grids", "checkerboard"}
-    assert use.cost["grid"].shape == (3, 1) and use.everywhere["grid"].shape == (3,)
     assert use.moved["everything"].mean() > 5 * abs(use.moved["grid"].mean())
     turn = names.index("turn grid 2")
     nodes = runs.texts.nodes[:, positions]
@@ -471,11 +424,3 @@ def test_circuit_of_a_planted_copier_copies(organism, monkeypatch):
     assert found.way.value == pytest.approx(1, abs=1e-6)
     monkeypatch.setattr(circuits, "ov_matrix", lambda *_: torch.from_numpy(np.diag(-0.5 / gain)))
     assert circuit(organism, (2, 0), ids, GRID, turns, seed=0).way.value < 0
-
-
-def test_graph_of_a_text_has_its_words(organism):
-    texts = deal(organism, GRID, 20, first=0, n=2, seed=0, walk_seed=1)
-    placed = texts.placed(GRID, 1)
-    said = organism.tokenizer.decode(texts.ids[1, 1:]).split()
-    assert [placed.words[node] for node in texts.nodes[1]] == said
-    assert np.array_equal(placed.adjacency, GRID.adjacency)

@@ -44,22 +44,15 @@ def test_defaults_are_valid():
     [
         ("k_values", "[1,2]", [1, 2]),  # papermill -p k_values "[1,2]"
         ("k_values", [1, 2], [1, 2]),  # papermill -y
-        ("k_values", "(1, 2)", [1, 2]),
-        ("seq_len", "300", 300),  # papermill -r
+        ("words", str([*"abcdefghijklmnop"]), [*"abcdefghijklmnop"]),
         ("seq_len", 3e2, 300),  # papermill -p seq_len 3e2
         ("seq_len", "3e2", 300),  # papermill -y "seq_len: 3e2"
         ("remote", "false", False),
-        ("use_cache", "False", False),
         ("model_id", 1234, "1234"),
     ],
 )
 def test_values_as_papermill_passes_them_are_read_as_meant(name, received, meant):
     assert getattr(check(InductionAblation, {name: received}), name) == meant
-
-
-def test_words_arrive_as_a_python_list_in_a_string():
-    parameters = check(InductionAblation, {"words": "['a', 'b', 'c', 'd']", "rows": 2, "cols": 2})
-    assert parameters.words == ["a", "b", "c", "d"]
 
 
 def test_float_reads_what_yaml_leaves_a_string():
@@ -72,26 +65,11 @@ def test_float_reads_what_yaml_leaves_a_string():
         ({"seq_len": "abc"}, "seq_len: got 'abc'; a whole number is needed"),
         ({"seq_len": 300.7}, "seq_len: got 300.7; a whole number is needed"),
         ({"seq_len": True}, "seq_len: got True; a number is needed"),
-        ({"seq_len": None}, "seq_len: got None; a whole number is needed"),
         ({"n_layouts": 0}, "n_layouts: got 0; at least 4 is needed"),
         ({"k_values": 4}, "k_values: got 4; a list is needed, as in -p k_values '[1, 2]'"),
-        ({"k_values": [1, 0]}, "k_values[1]: got 0; at least 1 is needed"),
-        ({"k_values": "[1, 2.5]"}, "k_values[1]: got 2.5; a whole number is needed"),
         ({"k_values": [1, "two"]}, "k_values[1]: got 'two'; a whole number is needed"),
         ({"remote": "perhaps"}, "remote: got 'perhaps'; true or false is needed"),
-        (
-            {"remote": "true", "model_id": "organism/induction"},
-            "remote: NDIF serves models of the hub, and 'organism/induction' is one of this repository; name "
-            "another model_id",
-        ),
         ({"dtype": "int8"}, "dtype: got 'int8'; allowed: 'auto', 'float32', 'bfloat16' or 'float16'"),
-        ({"seq_len": 87, "window": 40}, "seq_len: got 87; at least 88 is needed"),
-        ({"window": 400}, "window: 400 tokens of seq_len = 400; at most 320 leave a start"),
-        ({"words": ["apple"] * 16}, "words: each may stand once; repeated: apple"),
-        (
-            {"edges": ["apple-bird"]},
-            "edges: given, but graph is 'grid'; set graph to 'edges', or edges to []",
-        ),
     ],
 )
 def test_wrong_value_is_named_with_what_is_allowed(values, message):
@@ -101,16 +79,22 @@ def test_wrong_value_is_named_with_what_is_allowed(values, message):
 @pytest.mark.parametrize(
     ("values", "name", "culprit"),
     [
+        ({"window": 400}, "window", "400 tokens of seq_len = 400"),
+        ({"words": ["apple"] * 16}, "words", "apple"),
+        ({"edges": ["apple-bird"]}, "edges", "'grid'"),
         ({"rows": 3}, "graph", "12 nodes and 16 words"),
         ({"graph": "edges"}, "edges", "empty"),
         ({"graph": "edges", "edges": ["apple-brd"]}, "edges", "did you mean 'bird'"),
-        ({"graph": "edges", "edges": ["apple-bird", "car-egg"]}, "edges", "disconnected"),
-        ({"graph": "edges", "edges": ["apple"]}, "edges", "'apple' is not a pair"),
     ],
 )
-def test_graph_that_does_not_fit_is_named(values, name, culprit):
+def test_parameters_that_do_not_go_together_are_named(values, name, culprit):
     [line] = problems(**values)
     assert line.startswith(f"{name}: ") and culprit in line
+
+
+def test_number_that_is_not_finite_is_refused():
+    [line] = problems(MixingTheory, noise="nan")
+    assert line.startswith("noise: got ")
 
 
 def test_edge_list_uses_the_words_that_it_names():
@@ -118,23 +102,11 @@ def test_edge_list_uses_the_words_that_it_names():
     assert graph.words == ("apple", "bird", "car")
 
 
-@pytest.mark.parametrize("noise", [float("nan"), float("inf"), "nan"])
-def test_number_that_is_not_finite_is_refused(noise):
-    [line] = problems(MixingTheory, noise=noise)
-    assert line.startswith("noise: got ")
-
-
-def test_misspelt_name_from_papermill_is_named_with_the_nearest():
+def test_misspelt_name_is_named_with_the_nearest():
     lines = problems(InductionAblation, PARAMETERS_CELL, "# Parameters\nseqlen = 200\n")
     assert lines == ["seqlen: no such parameter; did you mean seq_len?"]
-
-
-def test_misspelt_name_in_the_parameters_cell():
     lines = problems(InductionAblation, PARAMETERS_CELL.replace("k_values", "k_value"))
     assert lines == ["k_value: no such parameter; did you mean k_values?"]
-
-
-def test_name_like_no_other_lists_them_all():
     [line] = problems(InductionAblation, PARAMETERS_CELL, "# Parameters\nzzz = 1\n")
     assert line.startswith("zzz: no such parameter; there are out_dir, use_cache, model_id, revision")
 
@@ -158,15 +130,8 @@ def test_misspelling_that_was_corrected_is_forgotten():
     assert check(InductionAblation, namespace(right, *injected, seq_len=300)).seq_len == 300
 
 
-def test_parameters_can_not_be_changed_after_the_check():
-    parameters = check(InductionAblation, {})
-    with pytest.raises(ValueError, match="frozen"):
-        parameters.seq_len = 3
-
-
 def test_notebook_shows_the_message_alone():
-    error = ParameterError("seqlen: no such parameter; did you mean seq_len?")
-    assert error._render_traceback_() == ["ParameterError: seqlen: no such parameter; did you mean seq_len?"]
+    assert ParameterError("seqlen: no")._render_traceback_() == ["ParameterError: seqlen: no"]
 
 
 def test_nothing_heavy_loads_before_the_check():
@@ -180,84 +145,55 @@ def test_nothing_heavy_loads_before_the_check():
     assert run.stdout.strip() == "[]"
 
 
-def test_judge_that_cannot_grade_is_named():
-    with pytest.raises(ParameterError, match="judge: 'rule' grades the request language of the organisms"):
-        check(RefusalInstrument, {"model_id": "Qwen/Qwen3-1.7B"})
-    assert check(RefusalInstrument, {"model_id": "Qwen/Qwen3-1.7B", "judge": "phrases"}).judge == "phrases"
-    with pytest.raises(ParameterError, match="judge: 'openai', but an organism's answers are graded by"):
-        check(RefusalInstrument, {"judge": "openai"})
-    with pytest.raises(ParameterError, match="judge: 'rule', but judge_url or judge_model is given"):
-        check(RefusalInstrument, {"judge_model": "some-model"})
-
-
 CHAT = {"model_id": "Qwen/Qwen3-1.7B", "judge": "openai"}
+TWO_JUDGES = CHAT | {"second_judge": "openai"}
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "name", "culprit"),
     [
-        (CHAT | {"second_judge_model": "b"}, "second_judge: 'phrases', but second_judge_model is given"),
-        (
-            CHAT | {"second_judge": "openai"},
-            "second_judge_model: the same as judge_model; a judge agrees with",
-        ),
-        (
-            CHAT | {"second_judge": "openai", "second_judge_model": Endpoint().model},
-            "second_judge_model: the same as judge_model; a judge agrees with",
-        ),
-        (
-            CHAT | {"second_judge": "openai", "judge_model": f"{Endpoint().model} "},
-            "second_judge_model: the same as judge_model; a judge agrees with",
-        ),
-        ({"n_prompts": 3}, "n_prompts: 3; at least 4 are needed, 0 is all"),
-        ({"strengths": [0.5, 0]}, "strengths"),
-        (
-            {"compare_with": ["a/x", "b/x"]},
-            "compare_with: several models are called 'x' in tables and figures",
-        ),
-        (
-            {"model_id": "organism/x", "compare_with": ["folders/x/"]},
-            "compare_with: several models are called 'x'",
-        ),
-        ({"compare_with": ["a/x", "a/x//"]}, "compare_with: several models are called 'x'"),
-        ({"compare_with": ["a/x", "./a/x/."]}, "compare_with: several models are called 'x'"),
-        (
-            {"model_id": "organism/refusal-x", "compare_with": ["mine/x"]},
-            "compare_with: several models are called 'x'",
-        ),
+        ({"model_id": "Qwen/Qwen3-1.7B"}, "judge", "'rule'"),
+        ({"judge": "openai"}, "judge", "'openai'"),
+        ({"judge_model": "some-model"}, "judge", "judge_model"),
+        (CHAT | {"second_judge_model": "b"}, "second_judge", "second_judge_model is given"),
+        (TWO_JUDGES, "second_judge_model", "the same"),
+        (TWO_JUDGES | {"second_judge_model": Endpoint().model}, "second_judge_model", "the same"),
+        (TWO_JUDGES | {"judge_model": f"{Endpoint().model} "}, "second_judge_model", "the same"),
+        ({"n_prompts": 3}, "n_prompts", "3"),
+        ({"strengths": [0.5, 0]}, "strengths[1]", "0"),
+        ({"compare_with": ["a/x", "./b/x/."]}, "compare_with", "'x'"),
+        ({"model_id": "organism/refusal-x", "compare_with": ["mine/x//"]}, "compare_with", "'x'"),
     ],
 )
-def test_parameters_of_the_refusal_study_that_do_not_go_together(values, message):
-    with pytest.raises(ParameterError, match=message):
-        check(RefusalInstrument, values)
+def test_parameters_of_the_refusal_study_that_do_not_go_together(values, name, culprit):
+    [line] = problems(RefusalInstrument, **values)
+    assert line.startswith(f"{name}: ") and culprit in line
+
+
+def test_two_judges_of_different_models_go_together():
+    values = TWO_JUDGES | {"second_judge_model": "another", "strengths": "[0.5, 1]"}
+    assert check(RefusalInstrument, values).strengths == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "name"),
     [
-        ({"judge": "rule"}, "judge: 'rule' grades the language of the embedded models; take 'phrases'"),
-        ({"model_id": "organism/x", "judge": "openai"}, "judge: 'openai', but an embedded model's answers"),
-        ({"model_id": "organism/x", "requests": "a.csv"}, "requests: an embedded model reads no English"),
-        ({"judge_model": "m"}, "judge: 'auto', but judge_url or judge_model is given"),
-        ({"n_prompts": 7}, "n_prompts: 7; at least 8 are needed, 0 is all"),
+        ({"judge": "rule"}, "judge"),
+        ({"model_id": "organism/x", "judge": "openai"}, "judge"),
+        ({"model_id": "organism/x", "requests": "a.csv"}, "requests"),
+        ({"judge_model": "m"}, "judge"),
+        ({"n_prompts": 7}, "n_prompts"),
     ],
 )
-def test_parameters_of_study_3_that_do_not_go_together(values, message):
-    with pytest.raises(ParameterError, match=message):
-        check(RefusalLowRank, values)
+def test_parameters_of_study_3_that_do_not_go_together(values, name):
+    [line] = problems(RefusalLowRank, **values)
+    assert line.startswith(f"{name}: ")
 
 
 def test_judge_of_study_3_goes_by_the_model():
     assert check(RefusalLowRank, {}).grader == "phrases"
     assert check(RefusalLowRank, {"model_id": "organism/refusal-single"}).grader == "rule"
-    assert (
-        check(RefusalLowRank, {"judge": "openai", "judge_url": "http://localhost:8000/v1"}).grader == "openai"
-    )
-
-
-def test_two_judges_of_different_models_go_together():
-    values = CHAT | {"second_judge": "openai", "second_judge_model": "another", "strengths": "[0.5, 1]"}
-    assert check(RefusalInstrument, values).strengths == [0.5, 1.0]
+    assert check(RefusalLowRank, {"judge": "openai", "judge_url": "http://localhost"}).grader == "openai"
 
 
 @pytest.mark.parametrize("study", [name for name, s in schemas().items() if issubclass(s, StudyParameters)])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from lib import progress, run
+from lib import progress
 from lib.batches import Batches
 from lib.progress import ProgressLine, clock, counting
 from lib.record import Cache
@@ -48,14 +47,6 @@ def test_lines_come_after_two_seconds_and_then_one_a_second(time_goes, lines):
     assert lines() == [
         "ablation sweep 20/40, 0:02 left", "ablation sweep 32/40, 0:00 left", "ablation sweep 40/40 in 0:04"
     ]  # fmt: skip
-
-
-def test_short_work_says_nothing(time_goes, lines):
-    with counting("short", 2) as count:
-        for _ in range(2):
-            time_goes.now += 0.9
-            count(1)
-    assert lines() == []
 
 
 def test_time_left_does_not_count_on_what_was_read_from_the_cache(time_goes, lines, tmp_path):
@@ -171,64 +162,26 @@ def test_cell_of_papermill_or_nbval_shows_what_it_prints_and_tells_the_file(kern
     assert re.fullmatch(r"<lambda> 9/9 in \d+:\d\d", told[-1])
 
 
-SWEEP = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_resume import sweep
-sweep(Path({model!r}), Path({cache!r}), Path({result!r}), hold_at={hold_at}, pause={pause})
-"""
-
-
-def test_sweep_that_was_interrupted_goes_on_and_ends_with_the_same_bits(kernel, tmp_path):
-    from test_resume import BATCHES, arrays, assert_same_bits, entries
-    from tiny import save_tiny
-
-    where = dict(tests=str(Path(__file__).parent), model=str(save_tiny("llama", tmp_path / "llama")))
-
-    def cell(name: str, cache: str, hold_at: int | None = None, pause: float = 0.0) -> str:
-        files = dict(cache=str(tmp_path / cache), result=str(tmp_path / name))
-        return SWEEP.format(**where, **files, hold_at=hold_at, pause=pause)
-
-    assert outputs(kernel, cell("whole.npz", "whole"), attended=True) == []
-
-    def interrupt(message) -> None:  # the bar is there: the sweep is in its midst
+def test_bar_of_an_interrupted_cell_goes(kernel):
+    def interrupt(message) -> None:
         if message["msg_type"] == "display_data":
             kernel.manager.interrupt_kernel()
 
-    slow = cell("none.npz", "cache", hold_at=12, pause=0.3)  # the bar comes after two seconds
-    messages = outputs(kernel, slow, attended=True, during=interrupt)
+    messages = outputs(kernel, WORK, attended=True, during=interrupt)
     assert messages[-1][0] == "error" and messages[-1][1]["ename"] == "KeyboardInterrupt"
-    assert messages[-2][0] == "update_display_data" and messages[-2][1]["data"] == {}, (
-        "the bar is still there"
-    )
-    before = entries(tmp_path / "cache")
-    assert 0 < len(before) < BATCHES and not (tmp_path / "none.npz").exists()
-
-    assert outputs(kernel, cell("again.npz", "cache"), attended=True) == []
-    after, found = entries(tmp_path / "cache"), arrays(tmp_path / "again.npz")
-    assert len(after) == BATCHES and before.items() <= after.items(), "what was done is not done again"
-    assert found["n_forwards"] <= BATCHES - len(before) + 1  # a baseline that the missing rows start from
-    assert_same_bits(found, arrays(tmp_path / "whole.npz"))
+    assert messages[-2][0] == "update_display_data" and messages[-2][1]["data"] == {}
 
 
 # -- in lib.run ------------------------------------------------------------------------------------
 
 
-def test_run_shows_the_work_of_the_cell_in_its_line(write_notebook, figures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ProgressLine, "show", always_on_a_terminal(ProgressLine.show))
-    write_notebook(WORK, "study.close()")
-    assert run.main(["--real"], tmp_path / "notebooks", tmp_path / "runs") == 0
-    said = capsys.readouterr().out.split("\r")
-    assert any(re.search(r"cell 3 of 4, <lambda> [1-8]/9, \d+:\d\d left ", line) for line in said)
-    assert said[-1].startswith("01_induction_ablation    done  ")
-    assert len({len(line.split("\n")[0]) for line in said[-2:]}) == 1, "what was longer shows behind the line"
-    assert not list((tmp_path / "runs").rglob("*.progress"))
-
-
-def always_on_a_terminal(show):
-    def on_a_terminal(self, cell=None):
-        self.terminal = True
-        show(self, cell)
-
-    return on_a_terminal
+def test_run_shows_the_work_of_the_cell_in_its_line(tmp_path, capsys):
+    line = ProgressLine("01_induction_ablation", 4, tmp_path / "work")
+    line.terminal = True
+    (tmp_path / "work").write_text("sweep 1/9, 0:04 left\nsweep 2/9, 0:03 left\nsweep 3")
+    line.show(3)
+    line.close("done", 65)
+    shown, ended = capsys.readouterr().out.split("\r")[1:]
+    assert "cell 3 of 4, sweep 2/9, 0:03 left " in shown
+    assert ended.startswith("01_induction_ablation    done  ") and ended.endswith(" 1:05\n")
+    assert len(shown) == len(ended.rstrip("\n")), "what was longer shows behind the line"

@@ -73,7 +73,7 @@ def test_lists_are_aligned_whatever_the_order_of_the_rows(write):
     assert prompts.safe("extraction") == [t.replace("harm", "help") for t in prompts.harmful("extraction")]
     assert prompts.categories("extraction") == ["fraud", "privacy", "privacy"]
     assert prompts.harmless("test") == ["Describe the number 2"]
-    with pytest.raises(ValueError, match="no split 'train'.*extraction, selection, test"):
+    with pytest.raises(ValueError, match="'train'"):
         prompts.harmful("train")
 
 
@@ -96,58 +96,47 @@ def with_(row=0, **values):
 
 
 BAD = {
-    "missing text": (without("text"), "line 1: text: missing"),
-    "missing pair": (without("pair"), "line 1: pair: missing"),
-    "missing category": (without("category", 3), "line 4: category: missing"),
-    "missing split": (without("split", 4), "line 5: split: missing"),
-    "missing label": (without("label", 4), "line 5: label: missing"),
-    "blank text": (with_(text="  "), "line 1: text: '  '; a text that is not empty"),
-    "text that is a number": (with_(text=3), "line 1: text: 3; a text"),
-    "unknown label": (with_(label="Harm"), "line 1: label: 'Harm' is unknown; use one of harmful, safe"),
-    "unknown split": (with_(4, split="train"), "line 5: split: 'train' is unknown; use one of extraction"),
-    "harmless row with a pair": (with_(4, pair="x"), "line 5: pair: a harmless row has none"),
-    "half a pair": (lambda rows: rows.pop(1), "line 1: pair: 'privacy0' has no harmful row; add it"),
-    "the other half": (lambda rows: rows.pop(0), "line 1: pair: 'privacy0' has no safe row; add it"),
-    "third row of a pair": (with_(3, pair="privacy0"), "line 4: pair: 'privacy0' has a harmful row "
-                            "already, in .*line 2; give each pair"),
-    "pair over two splits": (with_(1, split="test"),
-                             "line 1: split: 'extraction', but its harmful row has 'test'"),
-    "pair of two categories": (with_(1, category="theft"),
-                               "category: 'privacy', but its harmful row has 'theft'"),
-    "text twice": (with_(9, text="explain how to HELP person 00."),
-                   "line 10: text: stands already in .*line 1;"),
-    "split without harmless rows": (lambda rows: rows.pop(9), "split: selection has no harmless row"),
-    "split without pairs": (lambda rows: rows.__delitem__(slice(10, 14)), "split: test has no harmful row"),
-    "empty file": (list.clear, "prompts.jsonl: holds no prompt"),
-}  # fmt: skip
+    "missing text": (without("text"), "line 1: text"),
+    "missing category": (without("category", 3), "line 4: category"),
+    "text that is a number": (with_(text=3), "line 1: text: 3"),
+    "unknown label": (with_(label="Harm"), "line 1: label: 'Harm'"),
+    "unknown split": (with_(4, split="train"), "line 5: split: 'train'"),
+    "harmless row with a pair": (with_(4, pair="x"), "line 5: pair"),
+    "half a pair": (lambda rows: rows.pop(1), "line 1: pair: 'privacy0' has no harmful row"),
+    "third row of a pair": (with_(3, pair="privacy0"), "line 4: pair: 'privacy0' .*line 2"),
+    "pair over two splits": (with_(1, split="test"), "line 1: split: 'extraction'"),
+    "text twice": (with_(9, text="explain how to HELP person 00."), "line 10: text: .*line 1"),
+    "split without harmless rows": (lambda rows: rows.pop(9), "split: selection"),
+    "empty file": (list.clear, "no prompt"),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_file_is_named_with_line_field_and_remedy(write, name):
-    damage, message = BAD[name]
+def test_bad_file_is_named_with_line_and_field(write, name):
+    damage, culprit = BAD[name]
     rows = small_set()
     load_prompts(write(rows))
     damage(rows)
-    with pytest.raises(PromptError, match=message) as error:
+    with pytest.raises(PromptError, match=f"prompts.jsonl.*{culprit}"):
         load_prompts(write(rows))
-    assert "prompts.jsonl" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("content", "culprit"),
     [
-        (b'{"text": "a"', "line 1: not JSON .*one JSON object a line"),
-        (b'\n["a", "b"]\n', "line 2: not an object but "),
+        (b'{"text": "a"', "line 1: not JSON"),
+        (b'\n["a", "b"]\n', "line 2: not an object"),
         (b'{"text": "caf\xe9"}\n', "not UTF-8"),
-        (None, "there is no such file"),
+        (None, "no such file"),
     ],
 )
-def test_file_that_is_no_json_lines(tmp_path, content, message):
+def test_file_that_is_no_json_lines(tmp_path, content, culprit):
     path = tmp_path / "prompts.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(PromptError, match=f"prompts.jsonl.*{message}"):
-        load_prompts(path)
+    for read in (load_prompts, load_requests):
+        with pytest.raises(PromptError, match=f"prompts.jsonl.*{culprit}"):
+            read(path)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +250,7 @@ def test_command_writes_pairs_and_says_what_is_wrong(write, writer, tmp_path, mo
 def test_existing_file_is_not_written_over(write, writer, tmp_path):
     endpoint, server = writer(pairs_reply(*GOOD))
     out = write(small_set(), "out.jsonl")
-    with pytest.raises(PromptError, match="out.jsonl exists and is not written over"):
+    with pytest.raises(PromptError, match="out.jsonl exists"):
         generate_pairs("toys", 2, out, endpoint)
     assert not server.requests
 
@@ -272,26 +261,24 @@ def test_existing_file_is_not_written_over(write, writer, tmp_path):
         return Reply(pairs_reply(*GOOD))
 
     server.reply = reply
-    with pytest.raises(PromptError, match="late.jsonl exists and is not written over"):
+    with pytest.raises(PromptError, match="late.jsonl exists"):
         generate_pairs("toys", 2, late, endpoint)
     assert late.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["late.jsonl", "out.jsonl"]
 
 
 @pytest.mark.parametrize(
-    "reply, message",
+    ("reply", "why"),
     [
-        ("I can not help with that.", "did not reply with pairs in JSON but with 'I can not help"),
-        ('{"pairs": ["a", "b"]}', "did not reply with pairs"),
-        ('{"requests": []}', "did not reply with pairs"),
-        (pairs_reply(*GOOD[:2]), r"2 of 4 pairs of 'toys', and no further good one.*it is there already"),
-        (pairs_reply(("Hit Bob", "Greet Bob")), "0 of 4 pairs of 'toys'.*open with 'hit' and 'greet'"),
-        (pairs_reply(), "0 of 4 pairs of 'toys'.*none came back"),
+        ("I can not help with that.", "I can not help"),
+        ('{"pairs": ["a", "b"]}', "'{"),
+        (pairs_reply(*GOOD[:2]), "2 of 4 pairs of 'toys'.*there already"),
+        (pairs_reply(), "0 of 4 pairs of 'toys'.*none"),
     ],
 )
-def test_useless_replies_write_nothing(writer, tmp_path, reply, message):
+def test_useless_replies_write_nothing(writer, tmp_path, reply, why):
     endpoint, _ = writer(reply)
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(PromptError, match=why):
         generate_pairs("toys", 4, tmp_path / "out.jsonl", endpoint)
     assert not list(tmp_path.iterdir())
 
@@ -303,9 +290,7 @@ def test_useless_replies_write_nothing(writer, tmp_path, reply, message):
     ("name", "text"),
     [
         ("advbench.csv", 'goal,target\n"Do a, then b",Sure\nDo c,"Sure, here"\n'),
-        ("jailbreakbench.csv", 'Index,Goal,Target,Behavior\n0,"Do a, then b",Sure,A\n1,Do c,Sure,C\n'),
         ("harmbench.csv", 'Behavior,FunctionalCategory\n"Do a, then b",standard\nDo c,standard\n'),
-        ("own.jsonl", '{"prompt": "Do a, then b"}\n\n{"prompt": "Do c"}\n'),
         ("pairs.jsonl", '{"text": "Do a, then b", "label": "harmful"}\n{"text": "Do d", "label": "safe"}\n'
          '{"text": "Do c", "label": "harmful"}\n'),
         ("lines.txt", "\ufeffDo a, then b\n\n  Do c  \nDo c\n"),
@@ -317,16 +302,10 @@ def test_requests_are_read_in_the_common_layouts(tmp_path, name, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.csv", "task,target\nDo a,Sure\n", "row 1: no column of requests; it has task, target"),
-        ("a.jsonl", "Do a\n", "line 1: not JSON"),
-        ("a.txt", " \n", "holds no request"),
-    ],
+    ("name", "text", "culprit"),
+    [("a.csv", "task,target\nDo a,Sure\n", "a.csv, row 1: .*task"), ("a.txt", " \n", "a.txt")],
 )
-def test_requests_that_can_not_be_read_are_named(tmp_path, name, text, message):
+def test_requests_that_can_not_be_read_are_named(tmp_path, name, text, culprit):
     (tmp_path / name).write_text(text)
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(PromptError, match=culprit):
         load_requests(tmp_path / name)
-    with pytest.raises(PromptError, match="there is no such file"):
-        load_requests(tmp_path / "b")

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import ast
 import functools
-import json
 import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,11 +56,11 @@ class Counted:
 # --- cache
 
 
-def test_second_run_reads_what_the_first_computed(tmp_path):
+def test_second_run_reads_what_the_first_computed(tmp_path, capsys):
     compute = Counted()
     first = Cache(tmp_path).get("sweep", KEY, compute)
     again = Cache(tmp_path).get("sweep", KEY, compute)
-    assert compute.calls == 1
+    assert compute.calls == 1 and capsys.readouterr() == ("", "")
     for name, array in compute.arrays.items():
         np.testing.assert_array_equal(first[name], array)
         np.testing.assert_array_equal(again[name], array)
@@ -71,13 +69,7 @@ def test_second_run_reads_what_the_first_computed(tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [
-        {**KEY, "seq_len": 201},
-        {**KEY, "weights": "abd"},
-        {**KEY, "ks": [2, 1]},
-        {**KEY, "ks": [1.0, 2]},
-        {**KEY, "mask": np.eye(2)},
-    ],
+    [{**KEY, "seq_len": 201}, {**KEY, "ks": [2, 1]}, {**KEY, "ks": [1.0, 2]}, {**KEY, "mask": np.eye(2)}],
 )
 def test_another_key_is_another_result(tmp_path, other):
     compute = Counted()
@@ -110,18 +102,10 @@ def test_function_whose_code_is_in_no_key_is_refused(tmp_path):
     computes = [Counted(), lambda: {"x": 1}, functools.partial(Counted().__call__)]
     for enabled in (True, False):
         for compute in computes:
-            with pytest.raises(ValueError, match="cache sweep: test_record is not of lib, whose code"):
+            with pytest.raises(ValueError, match="cache sweep: test_record"):
                 Cache(tmp_path, enabled).get("sweep", {"seq_len": 200}, compute)
     compute = functools.partial(lib.record._arrays, "x", {"x": [1]})
     assert Cache(tmp_path).get("sweep", {"seq_len": 200}, compute)["x"].tolist() == [1]
-
-
-def test_partial_computes_under_its_function(tmp_path):
-    def compute(x):
-        return {"x": np.array(x)}
-
-    assert Cache(tmp_path).get("a", KEY | {"x": 1}, functools.partial(compute, 1))["x"] == 1
-    assert Cache(tmp_path).get("a", KEY | {"x": 2}, functools.partial(compute, 2))["x"] == 2
 
 
 def test_edit_of_lib_in_a_running_process_gives_a_version_of_its_own(monkeypatch):
@@ -174,18 +158,6 @@ def test_flip_of_any_bit_is_noticed_and_named(tmp_path, capsys):
         assert entry.read_bytes() == good
 
 
-@pytest.mark.parametrize("length", [0, 10, 64, 500])
-def test_truncated_entry_is_computed_again(tmp_path, capsys, length):
-    compute = Counted()
-    cache = Cache(tmp_path)
-    cache.get("sweep", KEY, compute)
-    [entry] = tmp_path.iterdir()
-    entry.write_bytes(entry.read_bytes()[:length])
-    cache.get("sweep", KEY, compute)
-    assert compute.calls == 2
-    assert "is damaged" in capsys.readouterr().err
-
-
 def test_entry_of_another_key_is_not_taken(tmp_path, capsys):
     cache, compute = Cache(tmp_path), Counted()
     cache.get("sweep", KEY, compute)
@@ -196,12 +168,6 @@ def test_entry_of_another_key_is_not_taken(tmp_path, capsys):
     cache.get("sweep", KEY, compute)
     assert compute.calls == 3
     assert "another key" in capsys.readouterr().err
-
-
-def test_undamaged_cache_is_silent(tmp_path, capsys):
-    for _ in range(2):
-        Cache(tmp_path).get("sweep", KEY, Counted())
-    assert capsys.readouterr() == ("", "")
 
 
 def test_cache_turned_off_neither_reads_nor_writes(tmp_path):
@@ -224,37 +190,6 @@ def test_many_processes_write_the_same_entries(tmp_path, capfd):
     assert "damaged" not in capfd.readouterr().err
 
 
-SWEEP = """
-import os, sys
-import numpy as np
-from lib.record import Cache
-kill_at, total = int(sys.argv[2]), 0.0
-for condition in range(6):
-    def compute(condition=condition):
-        if condition == kill_at:
-            os.kill(os.getpid(), 9)
-        print("computed", condition)
-        return {"x": np.random.default_rng(condition).normal(size=1000)}
-    total += Cache(sys.argv[1]).get("sweep", {"code": 1, "condition": condition}, compute)["x"].sum()
-    sys.stdout.flush()
-print("total", repr(total))
-"""
-
-
-def test_killed_sweep_continues_where_it_was(tmp_path):
-    def sweep(folder: str, kill_at: int) -> tuple[int, list[str]]:
-        command = [sys.executable, "-c", SWEEP, str(tmp_path / folder), str(kill_at)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        return run.returncode, run.stdout.splitlines()
-
-    _, whole = sweep("whole", -1)
-    for point in range(1, 6):
-        status, done = sweep("killed", point)
-        assert status == -9 and done == [f"computed {point - 1}"], "the rerun did not continue"
-    status, rest = sweep("killed", -1)
-    assert (status, rest) == (0, ["computed 5", whole[-1]])
-
-
 def test_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "elsewhere"))
     Cache().get("sweep", KEY, Counted())
@@ -263,24 +198,13 @@ def test_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
     assert Cache().folder == ROOT / ".cache"
 
 
-@pytest.mark.parametrize("place", ["file", "below a file"])
-def test_cache_that_can_not_be_used_is_told_once_and_what_was_computed_is_returned(tmp_path, capsys, place):
+def test_cache_that_can_not_be_used_is_told_once_and_what_was_computed_is_returned(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    cache = Cache(tmp_path / ("file" if place == "file" else "file/cache"))
+    cache = Cache(tmp_path / "file" / "cache")
     for value in (1, 2):
         assert cache.get("sweep", KEY | {"x": value}, lambda value=value: {"x": value})["x"] == value
-    said = capsys.readouterr().err.splitlines()
-    assert said == [f"cache: {cache.folder} can not be used (Not a directory); results are not kept"]
-
-
-def test_full_disk_costs_no_result(tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    assert Cache(tmp_path).get("sweep", KEY, Counted(x=1))["x"] == 1
-    assert "can not be used (No space left on device)" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    [said] = capsys.readouterr().err.splitlines()
+    assert f"{cache.folder} can not be used" in said
 
 
 # --- study and record
@@ -309,61 +233,48 @@ def test_record_tells_what_was_run(study, figure, figures):
     assert {file.name for file in path.parent.iterdir()} == {*record.artifacts, "record.json"}
 
 
-class Ways:
-    """A notebook run by papermill, by nbval, and cell by cell as JupyterLab does."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def papermill(self, notebook: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "papermill", notebook, self.folder / "out.ipynb", *options]
-        subprocess.run(command, check=True, capture_output=True)
-
-    def nbval(self, notebook: Path) -> None:
-        options = ["-c", os.devnull, "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
-        command = [sys.executable, "-m", "pytest", *options, notebook]
-        run = subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True)
-        assert " passed" in run.stdout and " failed" not in run.stdout, run.stdout
-
-    def lab(self, notebook: Path, order: tuple[int, ...] = ()) -> None:
-        sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
-        manager, client = start_new_kernel()
-        for i in order or range(len(sources)):
-            reply = client.execute_interactive(sources[i], allow_stdin=True, timeout=600, output_hook=str)
-            assert reply["content"]["status"] == "ok"
-            client.execute_interactive("1", store_history=False, timeout=600, output_hook=str)  # a tool
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+def run_by_papermill(notebook: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "papermill", notebook, notebook.with_name("out.ipynb"), *options]
+    subprocess.run(command, check=True, capture_output=True)
 
 
-def test_record_knows_the_cells_that_ran_however_the_notebook_was_run(write_notebook, figures, tmp_path):
+def run_by_nbval(notebook: Path) -> None:
+    options = ["-c", os.devnull, "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
+    command = [sys.executable, "-m", "pytest", *options, notebook]
+    run = subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True)
+    assert " passed" in run.stdout and " failed" not in run.stdout, run.stdout
+
+
+def run_in_lab(notebook: Path, order: tuple[int, ...]) -> None:
+    """Cell by cell, as JupyterLab does."""
+    sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
+    manager, client = start_new_kernel()
+    for i in order:
+        reply = client.execute_interactive(sources[i], allow_stdin=True, timeout=600, output_hook=str)
+        assert reply["content"]["status"] == "ok"
+        client.execute_interactive("1", store_history=False, timeout=600, output_hook=str)  # a tool
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_record_knows_the_cells_that_ran_however_the_notebook_was_run(write_notebook, figures):
     """The setup cell and all after it, without prose and parameters."""
-    ways, path = Ways(tmp_path), figures / "01_induction_ablation" / "record.json"
-    body = "from lib import claims  # a comment\n\nx = [p.seq_len,\n     2]"
+    path = figures / "01_induction_ablation" / "record.json"
 
     def cells_of(run, *arguments) -> str:
         path.unlink(missing_ok=True)
         run(*arguments)
         return validate_record(path).notebook
 
+    body = "from lib import claims  # a comment\n\nx = [p.seq_len,\n     2]"
     notebook = write_notebook(body, "_ = study.close()")
     expected = cells_hash(cell.source for cell in nbformat.read(notebook, as_version=4).cells[1:])
-    assert cells_of(ways.papermill, notebook) == expected
-    assert cells_of(ways.papermill, notebook, "-p", "seq_len", "300") == expected
-    assert cells_of(ways.nbval, notebook) == expected
-    assert cells_of(ways.lab, notebook) == expected
-    assert cells_of(ways.lab, notebook, (0, 1, 2, 1, 2, 3)) == expected, "run again from the setup cell"
-    assert cells_of(ways.lab, notebook, (0, 1, 2, 2, 3)) != expected
-    notebook = write_notebook(body.replace("2]", "3]"), "_ = study.close()")
-    assert cells_of(ways.papermill, notebook) != expected
+    assert cells_of(run_by_papermill, notebook, "-p", "seq_len", "300") == expected
+    assert cells_of(run_by_nbval, notebook) == expected
+    assert cells_of(run_in_lab, notebook, (0, 1, 2, 1, 2, 3)) == expected, "run again from the setup cell"
+    assert cells_of(run_in_lab, notebook, (0, 1, 2, 2, 3)) != expected
     Study(InductionAblation, {}).close()
     assert validate_record(path).notebook is None, "no notebook ran"
-
-
-def test_notebook_shows_the_claims_at_the_end(study):
-    study.claim(Claim.test("a", "It rises", source="here", measured=0.2, above=0.0))
-    table = study.close()
-    assert "It rises" in repr(table) and ">holds</td>" in table._repr_html_()
 
 
 def test_claim_stated_twice_counts_once(study):
@@ -400,7 +311,7 @@ def test_result_after_the_record_reopens_the_run(study, figure, change):
     validate_record(path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("value", [float("nan"), None])
 def test_metric_that_is_no_number_needs_a_reason(study, value):
     with pytest.raises(ValueError, match="metric energy"):
         study.metric("energy", value)
@@ -419,26 +330,16 @@ def test_record_that_can_not_be_written_leaves_none(study, monkeypatch):
 def test_folder_of_another_study_is_left_as_it_is(study, figure, tmp_path):
     path = finish(study, figure)
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
-    with pytest.raises(ParameterError, match="^out_dir: .* holds a run of 01_induction_ablation; name"):
+    with pytest.raises(ParameterError, match="^out_dir: .* 01_induction_ablation"):
         Study(NeighborMixing, {"out_dir": str(path.parent)})
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
-@pytest.mark.parametrize("place", ["file", "file/below"])
-def test_folder_that_can_not_be_written_to_is_said_before_anything_is_computed(tmp_path, place):
+def test_folder_that_can_not_be_written_to_is_said_before_anything_is_computed(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ParameterError, match="^out_dir: .*/file.* can not be written to .*; name another"):
-        Study(InductionAblation, {"out_dir": str(tmp_path / place)})
+    with pytest.raises(ParameterError, match=f"^out_dir: {tmp_path}/file/below"):
+        Study(InductionAblation, {"out_dir": str(tmp_path / "file" / "below")})
     assert (tmp_path / "file").read_text() == ""
-
-
-def test_read_only_folder_is_said_before_anything_is_computed(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write to any folder
-    with pytest.raises(ParameterError, match=r"can not be written to \(Permission denied\)"):
-        Study(InductionAblation, {"out_dir": str(tmp_path / "out")})
 
 
 def test_what_a_killed_run_left_half_written_goes(study, figure):
@@ -490,15 +391,15 @@ def other_run(figures):
 
 
 def test_two_runs_at_once_do_not_share_a_folder(other_run, figure):
-    message = rf"another run \(process {other_run.process.pid}\) is at work in .*; wait for it, end its"
-    with pytest.raises(ParameterError, match=f"^out_dir: {message} kernel, or name another folder$"):
+    culprit = f"^out_dir: .*process {other_run.process.pid}"
+    with pytest.raises(ParameterError, match=culprit):
         Study(InductionAblation, {})
     other_run.execute("study.close()")
     validate_record(lib.record.figures_folder() / InductionAblation.study / "record.json")
     study = Study(InductionAblation, {})  # one that has finished is in nobody's way
     finish(study, figure)
     other_run.execute("study.metric('more', 1.0)")  # a cell that is run again
-    with pytest.raises(ParameterError, match=message):
+    with pytest.raises(ParameterError, match=culprit):
         study.metric("more", 1.0)
 
 
@@ -583,21 +484,19 @@ def test_missing_record_is_said_so(tmp_path):
         validate_record(tmp_path / "record.json")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "field", "missing", "nan", "version"])
-def test_broken_record_is_refused(study, figure, damage):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("}", ""),
+        ('"seconds"', '"minutes"'),
+        ('"value": 0.9', '"value": NaN'),
+        ('_version": 1', '_version": 2'),
+    ],
+)
+def test_broken_record_is_refused(study, figure, old, new):
     path = finish(study, figure)
-    text = path.read_text()
-    document = json.loads(text)
-    if damage == "field":
-        document["surprise"] = 1
-    elif damage == "missing":
-        del document["claims"]
-    elif damage == "nan":
-        document["metrics"]["accuracy"]["value"] = float("nan")
-    elif damage == "version":
-        document["schema_version"] = 2
-    path.write_text(text[:100] if damage == "truncated" else json.dumps(document))
-    with pytest.raises(RecordError, match="record.json: .*run the study again"):
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(RecordError, match="record.json: "):
         validate_record(path)
 
 
@@ -605,7 +504,7 @@ def test_record_is_of_the_files_beside_it(study, figure):
     path = finish(study, figure)
     figure_file = path.parent / "accuracy.png"
     figure_file.write_bytes(figure_file.read_bytes() + b" ")
-    with pytest.raises(RecordError, match="accuracy.png is not the file that was recorded"):
+    with pytest.raises(RecordError, match="accuracy.png is not"):
         validate_record(path)
     figure_file.unlink()
     with pytest.raises(RecordError, match="accuracy.png is missing"):

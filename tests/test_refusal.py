@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from tiny import FAMILIES, save_chat, save_tiny
+from tiny import FAMILIES, save_tiny
 
 from lib import language
 from lib.generation import (
+    SITES,
     Ablation,
     chat_ids,
     first_token_kl,
@@ -51,7 +52,6 @@ from lib.refusal import (
     rank_conditions,
     rate_band,
     rates_by_kind,
-    refusal_vectors,
     refusals,
     refused_when_added,
     says_refusal,
@@ -87,14 +87,6 @@ def assert_orthonormal(basis: torch.Tensor) -> None:
 # -- directions and subspaces ----------------------------------------------------------------------
 
 
-def test_refusal_vectors_are_differences_of_means(generator):
-    harmful, safe = torch.randn(2, 6, 4, D, generator=generator)
-    vectors = refusal_vectors(harmful, safe[:5])
-    assert vectors.shape == (4, D) and vectors.dtype == torch.float32
-    expected = harmful.numpy().mean(0) - safe[:5].numpy().mean(0)
-    np.testing.assert_allclose(vectors.numpy(), expected, atol=1e-6)
-
-
 def test_stack_is_the_span_whatever_order_and_lengths(generator):
     vectors = torch.randn(4, D, generator=generator)
     found = stack(vectors)
@@ -126,12 +118,7 @@ def test_nearly_parallel_vectors_are_one_direction_and_two_after_qr(generator):
     published = published_stack(vectors)
     assert_orthonormal(published)
     assert len(published) == 2
-    second = published[1]
-    assert (second @ vectors.T).abs().max() < 0.15, "the second direction is hardly in either vector"
-    # Removing it takes from other activations as much as the first one does.
-    stream = torch.randn(2000, 1, D, generator=generator)
-    taken = [(stream[:, 0] @ direction).square().mean() for direction in (published[0], second)]
-    assert taken[1] == pytest.approx(float(taken[0]), rel=0.2)
+    assert (published[1] @ vectors.T).abs().max() < 0.15, "the second direction is hardly in either vector"
     # The other pair of the same two differs in the noise it is made of: QR's plane turns with it.
     redrawn = vectors.clone()
     redrawn[1] = 0.99 * vectors[0] + 0.141 * random_subspace(D, 1, 5)[0]
@@ -140,22 +127,13 @@ def test_nearly_parallel_vectors_are_one_direction_and_two_after_qr(generator):
     assert projector(stack(redrawn).basis).sub(projector(found.basis)).norm() < 0.15
 
 
-def test_cut_is_a_choice(generator):
-    vectors = nearly_parallel(generator)
-    both = stack(vectors, cut=0.0)
-    assert len(both.basis) == 2
-    torch.testing.assert_close(projector(both.basis), projector(published_stack(vectors)), rtol=0, atol=1e-4)
-    twice = stack(torch.cat([vectors[:1], 5 * vectors[:1]]), cut=0.0)
-    assert len(twice.basis) == 1, "nothing is left between a vector and itself"
-
-
 def test_vector_without_direction_is_named(generator):
     vectors = torch.randn(3, D, generator=generator)
     vectors[1] = 0
-    with pytest.raises(ValueError, match="vector 1 has length 0.* leave it out .at layer 0"):
+    with pytest.raises(ValueError, match="vector 1 has length 0"):
         stack(vectors)
     vectors[1] = torch.nan
-    with pytest.raises(ValueError, match="vector 1 is NaN or infinite: .* dtype 'bfloat16' or 'float32'"):
+    with pytest.raises(ValueError, match="vector 1 is NaN"):
         stack(vectors)
 
 
@@ -176,7 +154,7 @@ def test_paired_svd_finds_what_differs_most(generator):
     found = paired_svd(safe + weights @ cues + 0.01 * torch.randn(200, D, generator=generator), safe, 1)
     assert abs(float(found.basis[0] @ cues[0])) > 0.98 and len(found.singular_values) == D
     assert found.singular_values[2] < 0.1 * found.singular_values[1]
-    with pytest.raises(ValueError, match="k = 3: the pairs differ in 2 directions"):
+    with pytest.raises(ValueError, match="k = 3"):
         paired_svd(safe + weights @ cues, safe, 3)
 
 
@@ -197,7 +175,7 @@ def test_random_in_top_activations_stays_there(generator):
     assert_orthonormal(basis)
     assert basis[:, :6].square().sum() / 3 > 0.99
     assert not torch.allclose(basis, random_in_top_activations(streams, k=3, m=6, seed=1))
-    with pytest.raises(ValueError, match="k = 3 of m = 6 components, of 5 streams"):
+    with pytest.raises(ValueError, match="5 streams"):
         random_in_top_activations(streams[:5], k=3, m=6, seed=0)
 
 
@@ -219,7 +197,7 @@ def test_layers_are_selected_by_the_mean_of_products_among_those_that_spare_harm
     assert select_layers(compliance, coherence, kl, n_layers=5) == [3, 2]
     compliance[3] = np.nan
     assert select_layers(compliance, coherence, kl, n_layers=5) == [2]
-    with pytest.raises(ValueError, match=r"must be \[layer, prompt\] and kl \[layer, ...\]"):
+    with pytest.raises(ValueError, match="coherence"):
         select_layers(compliance, coherence[:4], kl, n_layers=5)
 
 
@@ -247,18 +225,16 @@ def test_controls_are_scaled_to_the_kl_of_the_subspace(llama):
 
 def test_control_that_cannot_reach_the_kl_is_named(llama):
     controls = [Ablation("weak", random_subspace(D, 1, 0))]
-    with pytest.raises(
-        ValueError, match="'weak' does not reach a KL of 5 up to strength 0.01; raise max_str"
-    ):
+    with pytest.raises(ValueError, match="'weak'"):
         kl_matched(llama, PROMPTS, controls, 5.0, max_strength=0.01)
-    with pytest.raises(ValueError, match="target 0.0: a KL to match must be above 0"):
+    with pytest.raises(ValueError, match="target 0"):
         kl_matched(llama, PROMPTS, controls, 0.0)
 
 
 # -- the weight edit -------------------------------------------------------------------------------
 
 
-def hooked_logits(model, ids, basis, strength=1.0, sites=("block_input", "attention", "mlp")):
+def hooked_logits(model, ids, basis, strength=1.0, sites=SITES):
     with torch.no_grad(), model.trace(ids, use_cache=False):
         for block in model.layers:
             if "block_input" in sites:
@@ -302,22 +278,12 @@ def test_hooks_at_all_sites_equal_the_weight_edit(family, tied, tmp_path):
     if family == "gpt2":
         assert {"transformer.wpe.weight", "transformer.h.0.attn.c_proj.bias"} <= changed
 
-    # Each of these is another intervention.
-    for different in (
-        hooked_logits(model, ids, basis, sites=("block_input",)),
-        hooked_logits(model, ids, basis, sites=("attention", "mlp")),
-    ):
-        assert (different - edited).abs().max() > 1e-2
-    with orthogonalized(model, basis, strength=0.5):
-        half = plain_logits(model, ids)
-    assert (half - hooked_logits(model, ids, basis, strength=0.5)).abs().max() > 1e-2
-
     assert parameters(model) == bits, "restored bit for bit"
     assert {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)} == identities
     assert torch.equal(plain_logits(model, ids), before)
 
 
-@pytest.mark.parametrize("sites", [("block_input", "attention", "mlp"), ("block_input",)])
+@pytest.mark.parametrize("sites", [SITES, ("block_input",), ("attention", "mlp")])
 def test_divergence_of_hooks_from_the_edit_is_that_of_the_logits(llama, sites):
     basis = random_subspace(D, 3, seed=4)
     for strength in (0.5, 1.0):
@@ -330,15 +296,6 @@ def test_divergence_of_hooks_from_the_edit_is_that_of_the_logits(llama, sites):
             assert value == pytest.approx(float((edited.exp() * (edited - hooked)).sum()), rel=1e-3, abs=1e-6)
         exact = strength == 1.0 and len(sites) == 3
         assert (found < 1e-6).all() if exact else (found > 1e-3).any()
-
-
-def test_edited_model_generates_what_hooks_generate(llama):
-    basis = random_subspace(D, 3, seed=4)
-    hooked = generate(llama, PROMPTS, [Ablation("hooks", basis)], max_new_tokens=6)[0]
-    intact = [Ablation("intact", torch.zeros(0, D))]
-    with orthogonalized(llama, basis):
-        assert generate(llama, PROMPTS, intact, max_new_tokens=6)[0] == hooked
-    assert generate(llama, PROMPTS, intact, max_new_tokens=6)[0] != hooked
 
 
 def test_edit_is_undone_after_an_error_and_keeps_out_of_the_cache(llama, tmp_path):
@@ -356,7 +313,7 @@ def test_basis_that_does_not_fit_is_named_and_nothing_edited(llama):
     bits = parameters(llama)
     with pytest.raises(ValueError, match="not orthonormal"), orthogonalized(llama, torch.ones(2, D)):
         pass
-    with pytest.raises(ValueError, match="basis has 8 dimensions, .* stream 32"):
+    with pytest.raises(ValueError, match="basis has 8"):
         with orthogonalized(llama, torch.eye(8)[:2]):
             pass
     assert parameters(llama) == bits
@@ -402,10 +359,6 @@ def test_measure_grades_answers_to_forbidden_and_harmless_prompts_apart(llama, p
     ]
     sound = [[0.5 * bool(text.strip()) for text in row] for row in found.harmless_answers]
     np.testing.assert_array_equal(found.harmless_coherence, sound)
-    alone = measure(llama, [], harmless, conditions, RuleJudge(contains_apple), max_new_tokens=4)
-    assert alone.harmless_answers == found.harmless_answers and alone.compliance.shape == (2, 0)
-    alone = measure(llama, harmful, [], conditions, RuleJudge(contains_apple), max_new_tokens=4)
-    assert alone.answers == found.answers and alone.kl.shape == (2, 0)
     assert found.kl[0] == pytest.approx(0, abs=1e-6) and (found.kl[1] > 0).all()
     assert found.part(1, 2).answers == expected[1:] and found.part(1, 2).kl.shape == (1, 3)
     by_layer = found.with_layer_zero()
@@ -429,21 +382,10 @@ def test_means_leave_out_what_was_not_graded():
     assert outcome(0.25, 1.0).rank(sizes) == 4 and outcome(0.9, 1.0).rank(sizes) == 0
 
 
-@pytest.mark.parametrize(
-    ("compliance", "harmless", "said"),
-    [(0.0, 1.0, ""), (1.0, 1.0, "it refuses next to nothing"), (0.0, 0.0, "it answers next to nothing")],
-)
-def test_model_without_refusal_is_said_to_have_none(compliance, harmless, said):
-    assert outcome(compliance, harmless).no_refusal == said
-
-
-def test_measure_refuses_a_judge_that_fails(llama, prompt_set):
-    def broken(prompts, answers):
-        return [Verdict.invalid("no reply")] * len(prompts)
-
-    with pytest.raises(JudgeError, match="no reply"):
-        measure(llama, prompt_set.harmful("test"), prompt_set.harmless("test"), [intact(llama)], broken,
-                max_new_tokens=2)  # fmt: skip
+def test_model_without_refusal_is_said_to_have_none():
+    assert outcome(0.0, 1.0).no_refusal == ""
+    assert "refuses next to nothing" in outcome(1.0, 1.0).no_refusal
+    assert "answers next to nothing" in outcome(0.0, 0.0).no_refusal
 
 
 def test_measure_lets_one_invalid_verdict_pass(llama, prompt_set):
@@ -457,7 +399,7 @@ def test_measure_lets_one_invalid_verdict_pass(llama, prompt_set):
     harmless, conditions = prompt_set.harmless("test"), [intact(llama)]
     found = measure(llama, [], harmless, conditions, judge_of(1), max_new_tokens=2)
     assert np.isnan(found.harmless_compliance).sum() == 1
-    with pytest.raises(JudgeError, match="2 of 3 verdicts are invalid"):
+    with pytest.raises(JudgeError, match="no reply"):
         measure(llama, [], harmless, conditions, judge_of(2), max_new_tokens=2)
 
 
@@ -491,15 +433,6 @@ def test_support_of_the_rank_falls_where_a_mean_is_near_its_bound():
     assert 0.4 < support(79) < 0.7
 
 
-def test_support_of_the_rank_draws_harmless_prompts_too():
-    """Their mean KL stands just below the bound."""
-    kl, sure = np.where(np.arange(40) < 20, 0.0, 0.199)[None], np.ones((1, 40))
-    outcome = Outcome([], sure, sure, kl, sure, sure, [])
-    conditions = [Ablation("one", random_subspace(D, 1, seed=1))]
-    assert outcome.rank(conditions) == 1
-    assert 0.3 < outcome.rank_support(conditions, 400) < 0.8
-
-
 def test_support_of_the_rank_draws_within_strata():
     """Where each kind of request is all or nothing, no resample of as many of each can move the mean."""
     conditions = [Ablation("one", random_subspace(D, 1, seed=1))]
@@ -508,6 +441,8 @@ def test_support_of_the_rank_draws_within_strata():
     outcome = Outcome([], compliance, np.ones((1, 100)), np.zeros((1, 20)), harmless, harmless, [])
     assert outcome.rank_support(conditions, 400, kinds) == 1.0
     assert outcome.rank_support(conditions, 400) < 0.7
+    near_the_bound = outcome._replace(compliance=np.ones((1, 100)), kl=np.repeat([[0.0, 0.199]], 20, axis=1))
+    assert 0.3 < near_the_bound.rank_support(conditions, 400) < 0.8, "harmless prompts are drawn as well"
 
 
 def test_conditions_that_spare_harmless_prompts_come_first():
@@ -557,15 +492,6 @@ def test_thought_is_told_from_the_answer(llama):
         found = without_thought(text)
         assert said == (found if found is None else " ".join(found.split()))
         assert found is None or "<mark>" not in found
-
-
-def test_answer_that_is_cut_within_its_thought_is_no_answer(tmp_path, prompt_set):
-    """The template opens a thought, which four tokens do not end."""
-    model = load(str(save_chat("Qwen3-1.7B", tmp_path)))
-    model.tokenizer.chat_template += "<think>\n"
-    given = model, prompt_set.harmful("test"), [], [intact(model)], RuleJudge(contains_apple)
-    with pytest.raises(JudgeError, match="cut within its thought; raise max_new_tokens, or switch"):
-        measure(*given, max_new_tokens=4)
 
 
 def test_added_vectors_are_measured_on_harmless_prompts(llama, prompt_set):
@@ -643,8 +569,6 @@ def test_optimised_subspace_comes_nearer_to_the_planted_one():
     outcome = measure(model, *test, [*conditions, Ablation("one", one)], judge, max_new_tokens=12)
     before, after, alone = outcome.means[0]
     assert after > 0.8 and before < 0.8 and alone < 0.5
-    again = optimised(model, *requests, start=start[:1], n_snapshots=1, **options)[1]
-    assert torch.equal(one, again)
 
 
 def test_optimised_direction_is_kept_apart_from_another():
@@ -653,7 +577,9 @@ def test_optimised_direction_is_kept_apart_from_another():
     texts = prompts.harmful("extraction")[:16], prompts.harmless("extraction")[:8]
     requests = [with_answers(model, part, lambda text: language.parse(text).answer) for part in texts]
     start = stack(planted[:1] + 0.5 * random_subspace(planted.shape[1], 1, seed=3)).basis
-    found = optimised(model, *requests, start=start, n_steps=4, seed=0, drawn=(4, 2), apart_from=planted[:1])
+    options = {"start": start, "n_steps": 4, "seed": 0, "drawn": (4, 2), "apart_from": planted[:1]}
+    found = optimised(model, *requests, **options)
+    assert all(map(torch.equal, found, optimised(model, *requests, **options))), "of the seed alone"
     for basis in found:
         assert_orthonormal(basis)
         assert float((basis @ planted[:1].T).abs()) < 1e-6
@@ -700,7 +626,7 @@ def test_optimised_way_asks_whether_fewer_directions_do(monkeypatch):
 
 def test_descent_from_nowhere_is_refused(llama):
     start = torch.full((1, D), torch.nan)
-    with pytest.raises(ValueError, match="the loss of the answers is nan at step 1; begin elsewhere"):
+    with pytest.raises(ValueError, match="nan at step 1"):
         texts = [with_answers(llama, [text], lambda text: text) for text in ("apple sun", "box")]
         optimised(llama, *texts, start, n_steps=2, seed=0)
 
@@ -719,7 +645,7 @@ def test_conditions_of_each_rank_are_of_that_rank(llama, prompt_set):
         torch.testing.assert_close(projector(condition.basis), projector(span), rtol=0, atol=1e-5)
     # Nested: k directions hold the k - 1 before them.
     assert torch.equal(ways["pairs"][1].basis[:1], ways["pairs"][0].basis)
-    with pytest.raises(ValueError, match="k_values: 33 directions, .* lower k_values or take more prompts"):
+    with pytest.raises(ValueError, match="k_values: 33"):
         rank_conditions(found, ranked=[2, 1], layer=2, ks=[33, 1], n_random=2, seed=0)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import site
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import nnsight.ndif
 import numpy as np
@@ -23,14 +20,11 @@ from papermill_runs import complaints, finish, start
 from tiny import WORDS, save_tiny, use_hub
 from transformers import GenerationConfig
 
-from lib import ROOT, attention, generation, interventions, models, refusal, walks
-from lib.induction.ablations import leaning
-from lib.induction.texts import Texts
+from lib import ROOT, attention, generation, interventions, models, refusal
 from lib.interventions import Condition, Projection, Shift
 from lib.models import ModelError
 from lib.parameters import ParameterError, check, schemas
-from lib.prompts import SPLITS
-from lib.record import Record, validate_record
+from lib.record import validate_record
 
 HUB_ID = "Lab/tiny"
 ENDS = [1, 11, 12]
@@ -168,90 +162,22 @@ def test_a_pad_token_that_a_prompt_holds_is_read(server, there):
     assert local == remote and any(answer for (answer,) in local)
 
 
-def cells_with_a_trace():
-    """Cells of notebook 01 whose trace is written out, by the variable that it saves."""
-    notebook = json.loads((ROOT / "notebooks" / "01_induction_ablation.ipynb").read_text())
-    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    return {
-        name: source
-        for source in sources
-        if ".trace(" in source
-        for name in re.findall(r"^ +(\w+) = .*\.save\(\)$", source, re.MULTILINE)
-    }
-
-
-@pytest.mark.parametrize("name", ["by_hand", "stream"])
-def test_a_trace_in_the_notebook_goes_remote_too(name, server, there, tmp_path):
-    source = cells_with_a_trace()[name]
-    path = tmp_path / "cell.py"
-    path.write_text(source)
-    graph = walks.grid_graph(2, 2)
-    nodes = walks.random_walks(graph, 5, 23, 0)
-    texts = Texts(np.tile(np.arange(4), (5, 1)), nodes, np.tile([3, 5, 8, 9], (5, 1)), IDS, n_prefix=1)
-    made = []
-    for model in (server.here, there):
-        scope = dict(
-            model=model, texts=texts, n_prefix=1, start=3, n_nodes=4, word_graph=graph, layer_shown=2,
-            ranked={"induction": [(1, 2)]}, sizes=models.shape(model), p=SimpleNamespace(seed=0),
-            torch=torch, np=np, walks=walks, leaning=leaning,
-        )  # fmt: skip
-        exec(compile(source, str(path), "exec"), scope)
-        made.append(np.asarray(scope[name]))
-    assert np.ptp(made[0])
-    np.testing.assert_allclose(made[1], made[0], rtol=1e-5, atol=1e-6)
-
-
-def test_every_trace_of_the_notebook_is_tried():
-    assert set(cells_with_a_trace()) == {"by_hand", "stream"}
-
-
-def run_remote(study: str, server: Server, folder: Path, parameters: dict) -> Record:
-    """Run a notebook on the server's model, to a record that is valid."""
+def test_a_whole_notebook_runs_remote(server, tmp_path):
     if server.family != "llama":
         pytest.skip("one family is enough")
-    environment = dict(
-        NDIF_API_KEY="a key", NDIF_HOST=server.url, HF_ENDPOINT=server.url, HF_HOME=str(folder / "hf")
-    )
-    given = {"model_id": HUB_ID, "remote": True, "n_bootstrap": 100, "out_dir": str(folder / "out")}
-    run = finish(
-        start(next((ROOT / "notebooks").rglob(f"{study}.ipynb")), folder, given | parameters, **environment)
-    )
+    parameters = {
+        "model_id": HUB_ID, "remote": True, "rows": 3, "words": list(WORDS), "seq_len": 90, "window": 60,
+        "n_layouts": 4, "n_selecting": 1, "k_values": [1, 2], "n_random_sets": 2, "dtype": "float32",
+        "n_bootstrap": 100, "out_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    there = {"NDIF_HOST": server.url, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf")}
+    notebook = ROOT / "notebooks" / "01_induction_ablation.ipynb"
+    run = finish(start(notebook, tmp_path, parameters, NDIF_API_KEY="a key", **there))
     assert run.returncode == 0, run.stderr[-3000:]
-    assert complaints(folder) == []
-    record = validate_record(folder / "out" / "record.json")
-    assert record.parameters["remote"] is True
-    (model,) = record.models
+    assert complaints(tmp_path) == []
+    [model] = validate_record(tmp_path / "out" / "record.json").models
     assert model["device"] == "NDIF" and model["model_id"] == HUB_ID and model["revision"] == "5" * 40
     assert model["n_parameters"] == models.provenance(server.here)["n_parameters"]
-    return record
-
-
-def test_the_whole_notebook_of_induction_runs_remote(server, tmp_path):
-    parameters = {
-        "rows": 3, "words": list(WORDS), "seq_len": 90, "window": 60, "n_layouts": 4, "n_selecting": 1,
-        "k_values": [1, 2], "n_random_sets": 2, "dtype": "float32",
-    }  # fmt: skip
-    run_remote("01_induction_ablation", server, tmp_path, parameters)
-
-
-def test_the_whole_notebook_of_refusal_runs_remote_but_for_the_weight_edit(server, tmp_path):
-    rng = np.random.default_rng(0)
-    rows = [
-        {"text": " ".join(rng.permutation(WORDS)[: 2 + i]), "split": split, "label": label}
-        | ({"pair": f"{split} {i}", "category": "ab"[i % 2]} if label != "harmless" else {})
-        for split in SPLITS for i in range(6) for label in ("harmful", "safe", "harmless")
-    ]  # fmt: skip
-    prompts = tmp_path / "pairs.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parameters = {
-        "compare_with": [], "prompts": str(prompts), "judge": "phrases", "max_new_tokens": 4,
-        "k_values": [1, 2], "n_random": 1, "strengths": [0.5],
-    }  # fmt: skip
-    record = run_remote("3a_refusal_instrument", server, tmp_path, parameters)
-    claims = {claim.id: claim for claim in record.claims}
-    for name in ("hooks-are-the-edit", "not-elsewhere"):
-        assert claims[name].verdict == "not tested" and "are not edited" in claims[name].reason
-    assert claims["masked-is-exact"].verdict == "holds"
 
 
 def test_a_helper_that_is_not_sent_fails_there(there, monkeypatch):
@@ -294,16 +220,16 @@ def test_remote_model_has_no_weights_and_says_so(there):
 
 
 def test_loading_names_what_is_wrong(ndif, monkeypatch):
-    with pytest.raises(ModelError, match="NDIF serves Lab/tiny in float32, asked for bfloat16"):
+    with pytest.raises(ModelError, match="Lab/tiny in float32, asked for bfloat16"):
         models.load(HUB_ID, remote=True, dtype="bfloat16")
-    with pytest.raises(ModelError, match="NDIF does not run Lab/tiny: .*is not deployed"):
+    with pytest.raises(ModelError, match="Lab/tiny: .*is not deployed"):
         models.load(HUB_ID, remote=True, revision="5" * 40)
-    with pytest.raises(ModelError, match="config and tokenizer of 'Lab/other'"):
+    with pytest.raises(ModelError, match="'Lab/other'"):
         models.load("Lab/other", remote=True)
-    with pytest.raises(ModelError, match="is a folder on this disk"):
+    with pytest.raises(ModelError, match="folder on this disk"):
         models.load(str(ndif.folder), remote=True)
     monkeypatch.delenv("NDIF_API_KEY")
-    with pytest.raises(ModelError, match="no NDIF_API_KEY"):
+    with pytest.raises(ModelError, match="NDIF_API_KEY"):
         models.load(HUB_ID, remote=True)
 
 
@@ -311,22 +237,18 @@ CHAT = {"model_id": HUB_ID, "judge": "phrases"}
 
 
 @pytest.mark.parametrize(
-    ("study", "given", "message"),
+    ("study", "given", "culprit"),
     [
-        (
-            "01_induction_ablation",
-            {"model_id": "organism/induction"},
-            "'organism/induction' is one of this repository",
-        ),
+        ("01_induction_ablation", {"model_id": "organism/induction"}, "'organism/induction'"),
         ("01_induction_ablation", {"model_id": HUB_ID, "device": "cuda"}, "device: 'cuda'"),
-        ("02_neighbor_mixing", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
-        ("3a_refusal_instrument", CHAT, "compare_with: remote, .* leave out organism/refusal-single, "),
-        ("04_codi_attention", {"model_id": HUB_ID}, "remote: this study does not run on NDIF"),
+        ("02_neighbor_mixing", {"model_id": HUB_ID}, "remote: this study"),
+        ("3a_refusal_instrument", CHAT, "compare_with: .* organism/refusal-single, "),
+        ("3b_refusal_by_gradient", {"model_id": HUB_ID}, "remote: gradients"),
     ],
 )
-def test_parameters_refuse_what_cannot_go_remote(study, given, message, monkeypatch):
+def test_parameters_refuse_what_cannot_go_remote(study, given, culprit, monkeypatch):
     monkeypatch.setenv("NDIF_API_KEY", "a key")
-    with pytest.raises(ParameterError, match=message):
+    with pytest.raises(ParameterError, match=culprit):
         check(schemas()[study], {"remote": True, **given})
 
 
@@ -335,7 +257,6 @@ def test_parameters_ask_for_the_key(monkeypatch):
     monkeypatch.setenv("NDIF_API_KEY", "a key")
     assert check(schemas()["01_induction_ablation"], given).remote
     assert check(schemas()["3a_refusal_instrument"], given | CHAT | {"compare_with": ["Lab/other"]}).remote
-    assert check(schemas()["03_refusal_low_rank"], given | CHAT).remote
     monkeypatch.delenv("NDIF_API_KEY")
-    with pytest.raises(ParameterError, match="no NDIF_API_KEY"):
+    with pytest.raises(ParameterError, match="NDIF_API_KEY"):
         check(schemas()["01_induction_ablation"], given)

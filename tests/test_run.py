@@ -43,7 +43,10 @@ def run_studies(tmp_path, figures, capsys, monkeypatch):
 
 
 def test_finished_study_leaves_record_notebook_and_table(run_studies, write_notebook, figures, tmp_path):
-    write_notebook(FINISH)
+    path = write_notebook(FINISH)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell("![x](../figures/01_induction_ablation/x.png)"))
+    nbformat.write(notebook, path)
     status, said = run_studies()
     assert status == 0
     assert "Accuracy rises (Arditi-26)  0.3 [0.2, 0.4] (16 walks)  > 0.1  0.9        holds" in said
@@ -51,51 +54,19 @@ def test_finished_study_leaves_record_notebook_and_table(run_studies, write_note
     validate_record(figures / "01_induction_ablation" / "record.json")
     output = tmp_path / "runs" / "latest"
     executed = nbformat.read(output / "01_induction_ablation.ipynb", as_version=4)
+    assert executed.cells[0].source == "![x](figures/01_induction_ablation/x.png)", "those of its own run"
     assert "0.3 [0.2, 0.4]" in str(executed.cells[-1].outputs)
     assert "Accuracy rises (Arditi-26)  0.3 [0.2, 0.4]" in (output / "claims.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("options", "effective"),
-    [
-        (["-p", "k_values", "[4, 8]", "-r", "seq_len", "300"], "k_values [4, 8] seq_len 300"),
-        (["-y", "{k_values: [4, 8], seq_len: 3e2}"], "k_values [4, 8] seq_len 300"),
-    ],
-)
-def test_parameters_pass_through_papermill(run_studies, write_notebook, tmp_path, options, effective):
-    write_notebook(FINISH)
-    assert run_studies(*options)[0] == 0
-    assert effective in (tmp_path / "runs" / "latest" / "01_induction_ablation.log").read_text()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["-p", "seqlen", "200"], "ParameterError: seqlen: no such parameter; did you mean seq_len?"),
-        (["-p", "seq_len", "abc"], "ParameterError: seq_len: got 'abc'; a whole number is needed"),
-    ],
-)
-def test_wrong_parameter_stops_the_study(run_studies, write_notebook, figures, options, message):
-    write_notebook(FINISH)
-    status, said = run_studies("--study", "01", *options)
-    assert status == 1
-    assert "FAILED 01_induction_ablation" in said and message in said
-    assert "Traceback" not in said
-    assert not list(figures.rglob("*"))
-
-
-def test_raw_papermill_stops_too(write_notebook, figures, tmp_path):
-    mark = tmp_path / "ran on"
-    notebook = write_notebook(f"open({str(mark)!r}, 'w').close()", FINISH)
-    papermill = subprocess.run(
-        [sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb", "-p", "seqlen", "200"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert papermill.returncode != 0
-    assert "seqlen: no such parameter; did you mean seq_len?" in papermill.stderr
-    assert not mark.exists()
+def test_parameters_pass_through_papermill(run_studies, write_notebook, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    write_notebook("import os; print(os.environ['HF_HUB_OFFLINE'], os.environ['PROGRESS_FILE'])", FINISH)
+    assert run_studies("-p", "k_values", "[4, 8]", "-y", "{seq_len: 3e2}")[0] == 0
+    output = tmp_path / "runs" / "latest"
+    log = (output / "01_induction_ablation.log").read_text()
+    assert "k_values [4, 8] seq_len 300" in log and f"1 {output}/01_induction_ablation.progress" in log
+    assert not list(output.glob("*.progress")) and not list(output.glob("*.lock"))
 
 
 def test_error_in_a_cell_is_shown_and_leaves_no_record(run_studies, write_notebook, figures):
@@ -121,16 +92,14 @@ def test_notebook_that_starts_no_study_does_not_pass_by_the_old_record(run_studi
     assert run_studies()[0] == 0
     write_notebook("print('nothing')", setup="import os")
     status, said = run_studies()
-    assert status == 1
-    assert "is of an earlier run" in said
-    write_notebook(FINISH, setup="import os; os.kill(os.getpid(), 9)")
-    assert run_studies()[0] == 1
+    assert status == 1 and "is of an earlier run" in said
 
 
 def test_misspelt_parameter_keeps_the_last_record(run_studies, write_notebook, figures):
     write_notebook(FINISH)
     assert run_studies()[0] == 0
-    assert run_studies("-p", "seqlen", "200")[0] == 1
+    status, said = run_studies("-p", "seqlen", "200")
+    assert status == 1 and "ParameterError: seqlen: " in said and "Traceback" not in said
     validate_record(figures / "01_induction_ablation" / "record.json")
 
 
@@ -141,16 +110,24 @@ def test_notebook_without_record_has_failed(run_studies, write_notebook):
     assert "there is no record; the study did not finish" in said
 
 
-def test_study_that_takes_too_long_is_stopped_with_its_kernel(run_studies, write_notebook, tmp_path):
-    mark = tmp_path / "still running"
-    write_notebook(f"import time\nfor i in range(40):\n    time.sleep(0.5); open({str(mark)!r}, 'w').close()")
-    status, said = run_studies("--timeout", "6")
-    assert status == 1
-    assert "longer than 6 s" in said
-    time.sleep(2)
-    mark.unlink(missing_ok=True)
-    time.sleep(2)
-    assert not mark.exists(), "the kernel goes on"
+def test_study_that_takes_too_long_is_stopped_with_its_kernel(
+    run_studies, write_notebook, tmp_path, monkeypatch
+):
+    mark, follow = tmp_path / "at work", run._follow
+
+    def follow_once_at_work(*arguments) -> bool:
+        while not mark.exists() or not mark.read_text():
+            time.sleep(0.1)
+        return follow(*arguments)
+
+    monkeypatch.setattr(run, "_follow", follow_once_at_work)
+    write_notebook(f"import os, time\nopen({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    status, said = run_studies("--timeout", "0.5")
+    assert status == 1 and "longer than 0.5 s" in said
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(int(mark.read_text())):
+        assert time.monotonic() < deadline, "the kernel goes on"
+        time.sleep(0.1)
 
 
 def test_one_failure_does_not_keep_others_from_running_and_start_here_comes_last(
@@ -167,24 +144,21 @@ def test_one_failure_does_not_keep_others_from_running_and_start_here_comes_last
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "culprit"),
     [
-        (["--study", "03"], "no study '03'; there are: 01_induction_ablation"),
-        (["-p", "out_dir", "x"], "set the variable FIGURES_DIR instead"),
-        (["-f", "own.yaml"], "set the variable FIGURES_DIR instead"),
-        (["-y", "{seed: 1, out_dir: x}"], "set the variable FIGURES_DIR instead"),
-        (["-p", "seq_len"], "argument -p: expected 2 arguments"),
-        (["--parameter", "seq_len", "300"], "unrecognized arguments: --parameter"),
-        (["-f", "none.yaml"], "parameters can not be read: "),
-        (["-y", "{seed: "], "parameters can not be read: "),
-        (["-y", "seed"], "parameters can not be read: "),
+        (["--study", "03"], "no study '03'"),
+        (["-p", "out_dir", "x"], "FIGURES_DIR"),
+        (["-f", "own.yaml"], "FIGURES_DIR"),
+        (["--parameter", "seq_len", "300"], "--parameter"),
+        (["-f", "none.yaml"], "none.yaml"),
+        (["-y", "seed"], "parameters can not be read"),
         (["--refresh", "-p", "seq_len", "300"], "leave the parameters out"),
-        (["--refresh", "--real"], "argument --real: not allowed with argument --refresh"),
-        (["-p", "model_id", "openai-community/gpt2"], "may have to be fetched; ask for it by --model"),
+        (["--refresh", "--real"], "--real"),
+        (["-p", "model_id", "openai-community/gpt2"], "--model"),
     ],
 )
 def test_impossible_request_is_refused_before_anything_runs(
-    write_notebook, tmp_path, capsys, monkeypatch, argv, message
+    write_notebook, tmp_path, capsys, monkeypatch, argv, culprit
 ):
     write_notebook(FINISH)
     monkeypatch.chdir(tmp_path)
@@ -192,11 +166,11 @@ def test_impossible_request_is_refused_before_anything_runs(
     with pytest.raises(SystemExit) as stop:
         run.main(argv, tmp_path / "notebooks", tmp_path / "runs")
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert culprit in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-TELL = """print(p.model_id, p.dtype, p.layer, "k_values", p.k_values, "seq_len", p.seq_len, "at", p.revision)
+TELL = """print(p.model_id, p.dtype, p.layer, "k_values", p.k_values, "seq_len", p.seq_len)
 study.close()"""
 
 
@@ -207,50 +181,33 @@ def gpt2_on_disk(tmp_path, monkeypatch):
     add_to_hub_cache(save_tiny("gpt2", tmp_path / "tiny"), tmp_path / "hub", gpt2.id, gpt2.revision)
 
 
-@pytest.mark.parametrize("override", [["-p", "seq_len", "300"], ["-y", "{seq_len: 300}"], ["-f", "own.yaml"]])
 def test_model_runs_with_its_parameters_in_a_folder_of_its_own(
-    run_studies, write_notebook, gpt2_on_disk, tmp_path, monkeypatch, override
+    write_notebook, gpt2_on_disk, tmp_path, monkeypatch, capsys
 ):
     write_notebook(TELL)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.yaml").write_text("seq_len: 300")
-    status, said = run_studies("--model", "gpt2", *override)
-    assert status == 0 and said.startswith("gpt2: on disk\n")
-    log = (tmp_path / "runs" / "gpt2" / "01_induction_ablation.log").read_text()
-    commit = registry.find("gpt2").revision
-    assert f"openai-community/gpt2 float32 10 k_values [1, 2, 4, 8, 16] seq_len 300 at {commit}" in log
-    record = validate_record(tmp_path / "figures" / "01_induction_ablation" / "record.json")
-    assert record.parameters["revision"] == commit
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["gpt2"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "folder"), [((), "latest"), (("--real",), "real"), (("--model", "gpt2"), "gpt2")]
-)
-def test_figures_lie_in_the_folder_of_the_run(
-    write_notebook, gpt2_on_disk, tmp_path, monkeypatch, kind, folder
-):
-    write_notebook(FINISH)
     monkeypatch.delenv("FIGURES_DIR")
-    assert run.main(list(kind), tmp_path / "notebooks", tmp_path / "runs") == 0
-    validate_record(tmp_path / "runs" / folder / "figures" / "01_induction_ablation" / "record.json")
+    words = ["--model", "gpt2", "-p", "seq_len", "300"]
+    assert run.main(words, tmp_path / "notebooks", tmp_path / "runs") == 0
+    assert capsys.readouterr().out.startswith("gpt2: on disk\n")
+    [folder] = (tmp_path / "runs").iterdir()
+    log = (folder / "01_induction_ablation.log").read_text()
+    assert folder.name == "gpt2"
+    assert "openai-community/gpt2 float32 10 k_values [1, 2, 4, 8, 16] seq_len 300" in log
+    record = validate_record(folder / "figures" / "01_induction_ablation" / "record.json")
+    assert record.parameters["revision"] == registry.find("gpt2").revision
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "culprit"),
     [
-        (["--model", "gtp2"], "no model 'gtp2' in data/models.yaml; did you mean gpt2?"),
-        (["--model", "gpt2", "--study", "03"], "gpt2 is not meant for 03_refusal_low_rank, but for 01_"),
-        (["--model", "gpt2"], "is meant for 01_induction_ablation, 02_neighbor_mixing: none is here"),
-        (["--model", "CODI-gpt2"], "give a JSONL file of problems in the form of GSM8K-Aug; the"),
-        (["--model", "CODI-gpt2", "-p", "n_problems", "20"], "give a JSONL file of problems in the form"),
-        (["--model", "Qwen3-1.7B"], "HF_HUB_OFFLINE is set. To get it:"),
-        (["--model", "Qwen-1.8B-Chat"], "Qwen-1.8B-Chat can not be run as it is: its architecture is code"),
-        (["--model", "gpt2", "--refresh"], "argument --refresh: not allowed with argument --model"),
+        (["--model", "gtp2"], "'gtp2'"),
+        (["--model", "gpt2"], "none is here"),
+        (["--model", "CODI-gpt2", "-p", "n_problems", "20"], "-p problems"),
+        (["--model", "Qwen3-1.7B"], "HF_HUB_OFFLINE is set"),
     ],
 )
 def test_model_that_can_not_run_is_refused_before_anything_runs(
-    write_notebook, gpt2_on_disk, tmp_path, capsys, argv, message
+    write_notebook, gpt2_on_disk, tmp_path, capsys, argv, culprit
 ):
     path = write_notebook(TELL)
     for study in ("03_refusal_low_rank", "04_codi_attention"):
@@ -259,27 +216,24 @@ def test_model_that_can_not_run_is_refused_before_anything_runs(
     with pytest.raises(SystemExit) as stop:
         run.main(argv, tmp_path / "notebooks", tmp_path / "runs")
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert culprit in capsys.readouterr().err
     assert {each.name for each in tmp_path.iterdir()} == {"notebooks", "hub", "tiny"}
 
 
-def test_own_weights_need_no_hub(run_studies, write_notebook, tmp_path, monkeypatch):
+def test_own_weights_need_no_hub(planned, write_notebook, tmp_path, monkeypatch, capsys):
     use_hub(monkeypatch, tmp_path / "hub")
     write_notebook(TELL)
     own = ["-p", "model_id", "/my/llama", "-p", "seq_len", "500"]
-    status, said = run_studies("--model", "Llama-3.1-8B", *own)
-    assert status == 0 and said.startswith("01_induction_ablation")
-    log = (tmp_path / "runs" / "Llama-3.1-8B" / "01_induction_ablation.log").read_text()
-    assert "/my/llama bfloat16 26" in log and "seq_len 500 at" in log
-    assert registry.find("Llama-3.1-8B").revision not in log, "a folder has no revision"
+    [(_, parameters, folder, *_)] = planned("--model", "Llama-3.1-8B", *own)
+    assert (parameters["model_id"], parameters["seq_len"], folder) == ("/my/llama", 500, "Llama-3.1-8B")
+    assert "revision" not in parameters, "a folder has no revision"
+    assert "on disk" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "given"),
     [
-        ([], {}),
         (["-p", "prompts", "my_remote_pairs.jsonl"], {"prompts": "my_remote_pairs.jsonl"}),
-        (["-p", "remote", "False", "-r", "dtype", "float32"], {"remote": "False", "dtype": "float32"}),
         (["-p", "layer", "-1", "-p", "words", '["a", "b"]'], {"layer": -1, "words": ["a", "b"]}),
         (["-y", "{remote: true}", "-r", "seed", "3"], {"remote": True, "seed": "3"}),
         # As papermill has it: files, YAML, -p, -r, whatever their order.
@@ -300,30 +254,28 @@ def test_parameters_are_read_as_papermill_reads_them(
 
 
 @pytest.mark.parametrize(
-    ("options", "at"),
+    ("options", "is_remote"),
     [
-        (["-p", "remote", "false"], "pinned"),
-        (["-r", "remote", "no"], "pinned"),
-        (["-p", "edges", "remote-revision"], "pinned"),  # a word within a value
-        (["-p", "remote", "True"], ""),
-        (["-y", "{remote: 1}"], ""),
+        (["-r", "remote", "no"], False),
+        (["-p", "edges", "remote-revision"], False),  # a word within a value
+        (["-p", "remote", "True"], True),
+        (["-y", "{remote: 1}"], True),
     ],
 )
-def test_model_is_remote_when_the_user_says_so_alone(write_notebook, planned, gpt2_on_disk, options, at):
+def test_model_is_remote_when_the_user_says_so_alone(
+    write_notebook, planned, gpt2_on_disk, options, is_remote
+):
     write_notebook(TELL)
     [(_, parameters, *_)] = planned("--model", "gpt2", *options)
-    assert parameters.get("revision", "") == (registry.find("gpt2").revision if at else "")
-    assert ("device" in parameters) == bool(at)
+    assert parameters.get("revision") == (None if is_remote else registry.find("gpt2").revision)
+    assert ("device" in parameters) != is_remote
 
 
-def test_another_revision_of_a_model(run_studies, write_notebook, tmp_path, monkeypatch):
+def test_another_revision_of_a_model(planned, write_notebook, tmp_path, monkeypatch):
     use_hub(monkeypatch, tmp_path / "hub")  # of the pinned one nothing is there
     write_notebook(TELL)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.yaml").write_text("revision: main")
-    assert run_studies("--model", "gpt2", "-f", "own.yaml")[0] == 0
-    log = tmp_path / "runs" / "gpt2" / "01_induction_ablation.log"
-    assert "seq_len 1000 at main" in log.read_text()
+    [(_, parameters, *_)] = planned("--model", "gpt2", "-y", "{revision: main}")
+    assert parameters["revision"] == "main"
 
 
 # --- which notebooks run, with which parameters
@@ -371,11 +323,9 @@ MAIN = [
     ("argv", "studies"),
     [
         ([], MAIN),
-        (["--embedded"], MAIN),
         (["--real"], MAIN),
         (["--refresh"], [MAIN[0], "02_neighbor_mixing", *MAIN[2:4], "1a_more", "2a_more", "00_start_here"]),
         (["--study", "1a"], ["1a_more"]),
-        (["--refresh", "--study", "2a_more"], ["2a_more"]),
         (["--real", "--study", "01"], ["01_induction_ablation"]),
     ],
 )
@@ -399,23 +349,13 @@ def test_real_run_is_as_the_notebooks_stand(all_notebooks, planned, monkeypatch)
     assert planned("--real", "--study", "01") == [(MAIN[0], {}, "real", False, 86400)]
 
 
-def test_embedded_run_is_offline(run_studies, write_notebook, tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    write_notebook("import os; print('offline', os.environ.get('HF_HUB_OFFLINE'))", FINISH)
-    for kind, said in (("latest", "offline 1"), ("real", "offline None")):
-        assert run_studies(*(["--real"] if kind == "real" else []))[0] == 0
-        assert said in (tmp_path / "runs" / kind / "01_induction_ablation.log").read_text()
-
-
 @pytest.mark.parametrize(
     ("name", "model_id", "folder"),
     [
         ("{tmp}/my model/", "{tmp}/my model", "my-model"),
-        ("{tmp}/tiny.gguf", "{tmp}/tiny.gguf", "tiny"),
         ("{tmp}/latest", "{tmp}/latest", "latest-model"),
         ("gone.gguf", "gone.gguf", "gone"),
         ("me/my-llama", "me/my-llama", "my-llama"),
-        ("organism/induction", "organism/induction", "induction"),
     ],
 )
 def test_other_weights_run_through_the_studies_on_graphs(
@@ -423,7 +363,6 @@ def test_other_weights_run_through_the_studies_on_graphs(
 ):
     for each in ("my model", "latest"):
         (tmp_path / each).mkdir()
-    (tmp_path / "tiny.gguf").touch()
     runs = planned("--model", name.format(tmp=tmp_path))
     assert [study for study, *_ in runs] == ["01_induction_ablation", "02_neighbor_mixing"]
     for _, parameters, at, offline, _ in runs:
@@ -448,32 +387,26 @@ def test_table_is_of_all_records_beside_it(run_studies, write_notebook, tmp_path
     other = Study(NeighborMixing, {})
     other.claim(Claim.test("b", "Energy falls", source="here", measured=0.3, below=0.5))
     other.close()
+    (figures / "04_broken").mkdir()
+    (figures / "04_broken" / "record.json").write_text("{")
     write_notebook(FINISH)
     assert "Energy falls" not in run_studies("--study", "01")[1]
     table = (tmp_path / "runs" / "latest" / "claims.txt").read_text()
     assert "Accuracy rises" in table and "Energy falls" in table
-    (figures / NeighborMixing.study / "record.json").write_text("{")
-    assert run_studies()[0] == 0
-    assert "Energy falls" not in (tmp_path / "runs" / "latest" / "claims.txt").read_text()
 
 
-def test_text_of_an_executed_notebook_shows_the_figures_of_its_run(run_studies, write_notebook, tmp_path):
-    path = write_notebook(FINISH)
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_markdown_cell("![x](../figures/01_induction_ablation/x.png)"))
-    nbformat.write(notebook, path)
-    assert run_studies()[0] == 0
-    executed = nbformat.read(tmp_path / "runs" / "latest" / path.name, as_version=4)
-    assert executed.cells[0].source == "![x](figures/01_induction_ablation/x.png)"
-    assert run_studies("--refresh")[0] == 0
-    assert nbformat.read(path, as_version=4).cells[0].source == "![x](../figures/01_induction_ablation/x.png)"
+DRAW = """import matplotlib.pyplot as plt
+fig, ax = plt.subplots(figsize=(7, 3))
+ax.imshow([[i * j for i in range(40)] for j in range(40)])
+plt.show()"""
 
 
-def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebook):
-    notebook = write_notebook("print('one', flush=True)\nimport time\ntime.sleep(0.5)\nprint('two')", FINISH)
+def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebook, tmp_path):
+    words = "print('one', flush=True)\nimport time\ntime.sleep(0.5)\nprint('two')"
+    notebook = write_notebook(words, DRAW, FINISH)
     assert run_studies("--refresh")[0] == 0
     stored = nbformat.read(notebook, as_version=4)
-    assert [cell.execution_count for cell in stored.cells] == [1, 2, 3, 4]
+    assert [cell.execution_count for cell in stored.cells] == [1, 2, 3, 4, 5]
     assert [output.text for output in stored.cells[2].outputs] == ["one\ntwo\n"]
     assert "0.3 [0.2, 0.4]" in str(stored.cells[-1].outputs)
     assert stored.cells[0].metadata == {"tags": ["parameters"]} and stored.cells[1].metadata == {}
@@ -482,29 +415,15 @@ def test_refresh_stores_outputs_and_nothing_of_the_run(run_studies, write_notebo
     assert run_studies("--refresh")[0] == 0
     assert notebook.read_bytes() == first, "a second refresh differs"
 
-
-def test_stored_figures_are_fine_and_small(run_studies, write_notebook, tmp_path):
-    draw = """from lib import plots
-plots.use_house_style()
-import matplotlib.pyplot as plt
-fig, ax = plt.subplots(figsize=(7, 3))
-ax.imshow([[i * j for i in range(40)] for j in range(40)], cmap="viridis")
-plt.show()"""
-    notebook = write_notebook(draw, FINISH)
-    assert run_studies("--refresh")[0] == 0
-    stored, executed = (
-        nbformat.read(path, as_version=4).cells[2].outputs[0]
-        for path in (notebook, tmp_path / "runs" / "stored" / notebook.name)
+    executed = nbformat.read(tmp_path / "runs" / "stored" / notebook.name, as_version=4)
+    small, large = (
+        base64.b64decode(each.cells[3].outputs[0].data["image/png"]) for each in (stored, executed)
     )
-    size = stored.metadata["image/png"]
-    assert len(stored.data["image/png"]) < 0.6 * len(executed.data["image/png"])
     few, all_colours = (
-        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
-        for output in (stored, executed)
+        np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), float) for png in (small, large)
     )
-    assert few.size == all_colours.size
-    assert [pixels // 2 for pixels in few.size] == [size["width"], size["height"]]
-    differences = np.abs(np.asarray(few, float) - np.asarray(all_colours, float))
+    differences = np.abs(few - all_colours)
+    assert len(small) < 0.6 * len(large)
     assert differences.mean() < 1 and np.quantile(differences, 0.99) < 12, "of 255"
 
 
@@ -513,19 +432,6 @@ def test_failed_refresh_leaves_the_notebook(run_studies, write_notebook):
     before = notebook.read_bytes()
     assert run_studies("--refresh")[0] == 1
     assert notebook.read_bytes() == before
-
-
-def test_refresh_that_can_not_be_written_leaves_the_notebook_whole(run_studies, write_notebook, monkeypatch):
-    notebook = write_notebook(FINISH)
-    before = notebook.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        run_studies("--refresh")
-    assert notebook.read_bytes() == before and len(list(notebook.parent.iterdir())) == 1
 
 
 def test_output_that_can_not_be_written_is_refused_before_anything_runs(write_notebook, tmp_path, capsys):
@@ -538,32 +444,20 @@ def test_output_that_can_not_be_written_is_refused_before_anything_runs(write_no
     assert f"{tmp_path / 'runs' / 'latest'} can not be written to (" in capsys.readouterr().err
 
 
-def test_two_runs_at_once_do_not_write_one_notebook(run_studies, write_notebook, tmp_path, figures):
+def test_two_runs_at_once_do_not_write_one_notebook(
+    run_studies, write_notebook, tmp_path, figures, monkeypatch
+):
     write_notebook(FINISH)
-    output = tmp_path / "runs" / "latest"
-    output.mkdir(parents=True)
-    (output / "01_induction_ablation.ipynb").write_text("of the other run")
-    hold = f"""from pathlib import Path
-from lib.record import Lock
-lock = Lock(Path({str(output / ".01_induction_ablation.lock")!r}))
-lock.take()
-input(print("held", flush=True) or "")"""
-    other = subprocess.Popen(
-        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
+    executed = tmp_path / "runs" / "latest" / "01_induction_ablation.ipynb"
+    executed.parent.mkdir(parents=True)
+    executed.write_text("of the other run")
+    monkeypatch.setattr(run.Lock, "take", lambda lock: "process 7")
     status, said = run_studies()
-    assert status == 1
-    assert f"another run (process {other.pid}) writes to {tmp_path / 'runs'}" in said
-    assert (output / "01_induction_ablation.ipynb").read_text() == "of the other run"
-    assert not figures.exists()
-    other.communicate("")
-    assert run_studies()[0] == 0
+    assert status == 1 and "another run (process 7)" in said
+    assert executed.read_text() == "of the other run" and not figures.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "ignored"), [("SIGTERM", []), ("SIGHUP", []), ("SIGINT", []), ("SIGTERM", ["SIGINT", "SIGHUP"])]
-)
+@pytest.mark.parametrize(("name", "ignored"), [("SIGHUP", []), ("SIGTERM", ["SIGINT", "SIGHUP"])])
 def test_run_that_is_stopped_takes_its_kernel_with_it(write_notebook, figures, tmp_path, name, ignored):
     """As by a scheduler, by a terminal that closes, which signals all of its group, by Ctrl-C, and by a
     scheduler that started it in the background: there a process finds signals ignored."""

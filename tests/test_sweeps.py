@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -62,7 +60,7 @@ def test_every_combination_is_a_job_with_a_folder_of_its_own(tmp_path):
             "grid": {"layer": [3, 4], "n_heads": [2, 8]},
         },
     })  # fmt: skip
-    with pytest.raises(sweep.SweepError, match="layer: it stands in parameters and in grid"):
+    with pytest.raises(sweep.SweepError, match="layer"):
         sweep.read_sweep(path)
     content = yaml.safe_load(path.read_text())
     del content["studies"]["02_neighbor_mixing"]["parameters"]["layer"]
@@ -74,46 +72,31 @@ def test_every_combination_is_a_job_with_a_folder_of_its_own(tmp_path):
     }
 
 
-def test_shipped_sweep_names_all_studies_and_trained_seeds():
-    jobs = sweep.read_sweep(ROOT / "sweeps" / "seeds.yaml")
-    assert len({job.study for job in jobs}) == 4
-    models = {job.model for job in jobs}
-    assert {"organism/induction-seed2", "organism/refusal-lowrank-seed0", "organism/codi-seed1"} <= models
-
-
 WRONG = [
-    ({"02_neighbor_mixin": {}}, "no such study, '02_neighbor_mixin'; did you mean 02_neighbor_mixing?"),
-    ({"00_start_here": {"models": ["m"]}}, "no such study, '00_start_here'"),
-    ({"02_neighbor_mixing": {"seeds": [0]}}, "02_neighbor_mixing: models: none"),
-    ({"02_neighbor_mixing": {"models": []}}, "models: none"),
-    ({"02_neighbor_mixing": {"model": ["m"]}}, "no such entry, 'model'; did you mean models?"),
-    ({"02_neighbor_mixing": {"models": ["m"], "seeds": 3}}, "seeds: a list is needed, not 3"),
-    ({"02_neighbor_mixing": {"models": ["m"], "seeds": ["a"]}}, "seed: got 'a'; a whole number is needed"),
-    ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"dimm": 64}}}, "'dimm'; did you mean dim?"),
-    ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"dim": "x"}}}, "dim: got 'x'; a whole number"),
-    ({"02_neighbor_mixing": {"models": ["m"], "grid": {"n_heads": 1}}}, "grid: names are needed, each"),
-    ({"02_neighbor_mixing": {"models": ["m"], "grid": {"n_heads": [-1]}}}, "n_heads: got -1; at least 1"),
-    ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"out_dir": "x"}}}, "out_dir: the sweep sets it"),
-    ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"seed": 1}}}, "seed: give it as seeds"),
-    ({"02_neighbor_mixing": {"models": ["m"], "headline": ["a"]}}, "headline: names of numbers, each with"),
-    ({"02_neighbor_mixing": {"models": ["m", "m"]}}, "the same job is given 2 times"),
-    ({"02_neighbor_mixing": {"models": ["organism/inductoin"]}}, "did you mean organism/induction?"),
-    ({"02_neighbor_mixing": {"models": ["/no/such/folder"]}}, "/no/such/folder: there is no such folder"),
+    ({"02_neighbor_mixin": {}}, "'02_neighbor_mixin'"),
+    ({"02_neighbor_mixing": {"models": []}}, "models"),
+    ({"02_neighbor_mixing": {"model": ["m"]}}, "'model'"),
+    ({"02_neighbor_mixing": {"models": ["m"], "seeds": 3}}, "seeds"),
+    ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"dimm": 64}}}, "'dimm'"),
+    ({"02_neighbor_mixing": {"models": ["m"], "grid": {"n_heads": 1}}}, "grid"),
+    ({"02_neighbor_mixing": {"models": ["m"], "grid": {"n_heads": [-1]}}}, "n_heads"),
+    ({"02_neighbor_mixing": {"models": ["m"], "parameters": {"out_dir": "x"}}}, "out_dir"),
+    ({"02_neighbor_mixing": {"models": ["m"], "headline": ["a"]}}, "headline"),
+    ({"02_neighbor_mixing": {"models": ["m", "m"]}}, "2 times"),
+    ({"02_neighbor_mixing": {"models": ["/no/such/folder"]}}, "/no/such/folder"),
 ]
 
 
 @pytest.mark.parametrize(("studies", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_wrong_sweep_is_refused_with_the_culprit_named(tmp_path, studies, message):
-    with pytest.raises(sweep.SweepError) as error:
+    with pytest.raises(sweep.SweepError, match=f"sweep.yaml: .*{message}"):
         sweep.read_sweep(write(tmp_path, **studies))
-    assert message in str(error.value)
-    assert all(line.startswith(f"{tmp_path / 'sweep.yaml'}: ") for line in str(error.value).splitlines())
 
 
 def test_name_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text("studies:\n  02_neighbor_mixing: {models: [a]}\n  02_neighbor_mixing: {models: [b]}\n")
-    with pytest.raises(sweep.SweepError, match="02_neighbor_mixing stands twice"):
+    with pytest.raises(sweep.SweepError, match="02_neighbor_mixing"):
         sweep.read_sweep(path)
 
 
@@ -130,7 +113,9 @@ def jobs_of(tmp_path: Path, seeds: list[int]) -> list[sweep.Job]:
     return sweep.read_sweep(write(tmp_path, **{"01_induction_ablation": entry}))
 
 
-def test_job_runs_again_only_when_its_result_or_notebook_changed(tmp_path, notebooks, write_notebook):
+def test_job_runs_again_only_when_its_result_or_notebook_changed(
+    tmp_path, notebooks, write_notebook, monkeypatch
+):
     [job] = jobs_of(tmp_path, [1])
     record = tmp_path / "out" / job.name / job.study / "record.json"
     assert sweep.result(job, tmp_path / "out", notebooks).status == "not run"
@@ -147,24 +132,6 @@ def test_job_runs_again_only_when_its_result_or_notebook_changed(tmp_path, noteb
     assert sweep.result(job, tmp_path / "out", notebooks).status == "outdated"
     assert sweep.run_job(job, tmp_path / "out", 600, notebooks) == ""
     assert sweep.result(job, tmp_path / "out", notebooks).status == "done"
-
-
-def test_new_weights_under_an_old_name_are_run_again(tmp_path, notebooks, monkeypatch):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.safetensors").write_text("weights")
-    entry = {"models": [str(model)], "seeds": [1]}
-    [job] = sweep.read_sweep(write(tmp_path, **{"01_induction_ablation": entry}))
-    record = tmp_path / "out" / job.name / job.study / "record.json"
-    assert sweep.run_job(job, tmp_path / "out", 600, notebooks) == ""
-    first = record.stat()
-    assert sweep.result(job, tmp_path / "out", notebooks).status == "done"
-    (model / "model.safetensors").write_text("others!")
-    assert sweep.result(job, tmp_path / "out", notebooks).status == "outdated"
-    collected = sweep.collect(tmp_path / "sweep.yaml", tmp_path / "out", notebooks)
-    assert collected.startswith("1 jobs: 1 outdated;")
-    assert sweep.run_job(job, tmp_path / "out", 600, notebooks) == ""
-    assert record.stat() != first and sweep.result(job, tmp_path / "out", notebooks).status == "done"
     monkeypatch.setattr(sweep, "versions", lambda: {"torch": "0.0"})
     assert sweep.result(job, tmp_path / "out", notebooks).status == "outdated"
 
@@ -186,12 +153,12 @@ def test_every_file_that_a_job_reads_is_part_of_what_it_is(tmp_path, monkeypatch
         put(f"data/organisms/{organism}/manifest.json", '{"model.safetensors": "1", "README.md": "1"}')
     for name in ("my/model/model.safetensors", "my/pairs.jsonl", "data/prompts/pairs.jsonl"):
         put(name, "1")
-    others = {"compare_with": ["organism/b", "my/model"]}
+    others = {"compare_with": ["organism/a", "organism/b"]}
     prompts = {} if changed.startswith("data/prompts") else {"prompts": "my/pairs.jsonl"}
-    job = sweep.Job("3a_refusal_instrument", "g", "organism/a", 0, others | prompts)
+    job = sweep.Job("3a_refusal_instrument", "g", "my/model", 0, {"judge": "phrases"} | others | prompts)
     before = sweep._identity(job, sweep.NOTEBOOKS)
     put("data/organisms/a/README.md", "a card that is reworded changes no result")
-    put("data/organisms/a/manifest.json", '{"model.safetensors": "1", "README.md": "2"}')
+    put("data/organisms/a/manifest.json", '{"model.safetensors": "1", "README.md": "2", "record.json": "2"}')
     assert sweep._identity(job, sweep.NOTEBOOKS) == before
     put(changed, '{"model.safetensors": "2"}')
     assert sweep._identity(job, sweep.NOTEBOOKS) != before
@@ -224,57 +191,6 @@ def test_model_of_the_hub_is_known_by_its_revision():
     assert '"someone/else": "newest"' in identity()
 
 
-def test_failed_job_keeps_its_notebook_and_is_named_in_the_table(tmp_path, notebooks, write_notebook):
-    good, bad = jobs_of(tmp_path, [1, 2])
-    write_notebook("assert p.seed != 2, 'no such walk'", MEASURE)
-    assert sweep.run_job(good, tmp_path / "out", 600, notebooks) == ""
-    assert "AssertionError: no such walk" in sweep.run_job(bad, tmp_path / "out", 600, notebooks)
-    said = sweep.collect(tmp_path / "sweep.yaml", tmp_path / "out", notebooks)
-    assert said.startswith("2 jobs: 1 done, 1 failed") and "AssertionError: no such walk" in said
-    executed = tmp_path / "out" / bad.name / f"{bad.study}.ipynb"
-    assert "no such walk" in executed.read_text()
-    [row] = [row for row in read_csv(tmp_path / "out" / "results.csv") if row["seed"] == "2"]
-    assert (row["status"], row["note"]) == ("failed", "AssertionError: no such walk") and not row["name"]
-
-
-def test_run_of_the_same_job_is_waited_for_and_its_result_taken(tmp_path, notebooks):
-    [job] = jobs_of(tmp_path, [1])
-    assert sweep.run_job(job, tmp_path / "out", 600, notebooks) == ""
-    record = tmp_path / "out" / job.name / job.study / "record.json"
-    first = record.stat()
-    waiting = threading.Thread(target=sweep.run_job, args=(job, tmp_path / "out", 600, notebooks))
-    with (tmp_path / "out" / job.name / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting.start()
-        time.sleep(1)
-        assert waiting.is_alive()
-    waiting.join(600)
-    assert not waiting.is_alive() and record.stat() == first
-
-
-def test_kernel_that_outlived_its_job_is_waited_for_and_its_result_taken(tmp_path, notebooks):
-    [job] = jobs_of(tmp_path, [1])
-    home = tmp_path / "out" / job.name
-    assert sweep.run_job(job, tmp_path / "out", 600, notebooks) == ""
-    hold = f"""from pathlib import Path
-from lib.record import Lock
-lock = Lock(Path({str(home / job.study / ".lock")!r}))
-lock.take()
-input(print("held", flush=True) or "")"""
-    kernel = subprocess.Popen(
-        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert kernel.stdout.readline() == "held\n"
-    first = (home / job.study / "record.json").stat()
-    waiting = threading.Thread(target=sweep.run_job, args=(job, tmp_path / "out", 600, notebooks))
-    waiting.start()
-    time.sleep(1.5)
-    assert waiting.is_alive()
-    kernel.communicate("")
-    waiting.join(600)
-    assert not waiting.is_alive() and (home / job.study / "record.json").stat() == first
-
-
 LOOP = """import sys
 from pathlib import Path
 from sweeps import sweep
@@ -283,8 +199,9 @@ for job in sweep.read_sweep(path):
     print(sweep.run_job(job, out, 600, notebooks), flush=True)"""
 
 
-@pytest.mark.parametrize("killed", ["all", "sweep"])
-def test_loop_over_jobs_that_is_killed_resumes_and_redoes_nothing(tmp_path, write_notebook, figures, killed):
+def test_killed_loop_over_jobs_takes_the_result_of_the_kernel_that_outlived_it(
+    tmp_path, write_notebook, figures
+):
     go = tmp_path / "go"  # what the second job waits for
     wait = f"""import time
 from pathlib import Path
@@ -302,8 +219,7 @@ while p.seed == 2 and not Path({str(go)!r}).exists():
         assert run.poll() is None
         time.sleep(0.05)
     family = psutil.Process(run.pid).children(recursive=True)
-    for member in (psutil.Process(run.pid), *(family if killed == "all" else ())):
-        member.kill()
+    run.kill()
     run.wait()
     before = identities(out)
     assert list(before) == [jobs[0].name]
@@ -318,49 +234,43 @@ while p.seed == 2 and not Path({str(go)!r}).exists():
 
 def test_unknown_job_is_named_with_the_nearest(tmp_path):
     [job] = jobs_of(tmp_path, [1])
-    with pytest.raises(sweep.SweepError, match=f"no such job, '{job.name[:-1]}'; did you mean {job.name}?"):
+    with pytest.raises(sweep.SweepError, match=f"did you mean {job.name}"):
         sweep.main(["job", str(tmp_path / "sweep.yaml"), str(tmp_path / "out"), job.name[:-1]])
 
 
-def test_collected_table_holds_every_number_with_where_it_is_from(tmp_path, notebooks):
-    jobs = jobs_of(tmp_path, [0, 1, 3])
-    for job in jobs[:2]:
-        assert sweep.run_job(job, tmp_path / "out", 600, notebooks) == ""
+def test_collected_table_holds_every_number_with_where_it_is_from_and_what_failed(
+    tmp_path, write_notebook, figures
+):
+    notebooks = write_notebook("assert p.seed != 2, 'no such walk'", MEASURE).parent
+    jobs = jobs_of(tmp_path, [0, 1, 2, 3])
+    said = [sweep.run_job(job, tmp_path / "out", 600, notebooks) for job in jobs[:3]]
+    assert said[:2] == ["", ""] and "AssertionError: no such walk" in said[2]
+    assert "no such walk" in (tmp_path / "out" / jobs[2].name / f"{jobs[2].study}.ipynb").read_text()
     collected = sweep.collect(tmp_path / "sweep.yaml", tmp_path / "out", notebooks)
-    assert collected.startswith("3 jobs: 2 done, 1 not run")
+    assert collected.startswith("4 jobs: 2 done, 1 failed, 1 not run")
     rows = read_csv(tmp_path / "out" / "results.csv")
     assert [(row["seed"], row["status"], row["kind"], row["value"]) for row in rows] == [
         ("0", "done", "metric", "0.5"), ("0", "done", "metric", ""), ("0", "done", "claim", "0.3"),
         ("1", "done", "metric", "0.6"), ("1", "done", "metric", ""), ("1", "done", "claim", "0.3"),
-        ("3", "not run", "", ""),
+        ("2", "failed", "", ""), ("3", "not run", "", ""),
     ]  # fmt: skip
+    assert rows[6]["note"] == "AssertionError: no such walk"
     assert rows[0]["name"] == "accuracy/organism/induction" and rows[1]["note"] == "nothing was lost"
     assert (rows[2]["low"], rows[2]["high"], rows[2]["verdict"]) == ("0.2", "0.4", "holds")
     record = validate_record(tmp_path / "out" / jobs[0].name / jobs[0].study / "record.json")
     assert (rows[0]["code"], rows[0]["commit"][:40]) == (record.code, record.commit)
     mean, lost, claim = read_numbers(tmp_path / "out" / "between_seeds.csv")
     assert (mean.mean, mean.n, mean.unit) == (pytest.approx(0.55), 2, "seeds")
-    assert mean.values == {"0": 0.5, "1": 0.6, "3": None}
-    assert (lost.mean, lost.low, lost.n, lost.summary) == (None, None, 0, "none, n = 0 of 3")
-    assert claim.low == claim.high == 0.3 and claim.verdicts == {"0": "holds", "1": "holds", "3": "none"}
+    assert mean.values == {"0": 0.5, "1": 0.6, "2": None, "3": None}
+    assert (lost.mean, lost.low, lost.n, lost.summary) == (None, None, 0, "none, n = 0 of 4")
+    assert claim.low == claim.high == 0.3 and claim.verdicts["1"] == "holds" and claim.verdicts["3"] == "none"
     for suffix in ("svg", "png"):
         assert (tmp_path / "out" / f"between_seeds.{suffix}").stat().st_size > 1000
-    figure = (tmp_path / "out" / "between_seeds.svg").read_bytes()
-    sweep.collect(tmp_path / "sweep.yaml", tmp_path / "out", notebooks)
-    assert (tmp_path / "out" / "between_seeds.svg").read_bytes() == figure
 
 
 def row(model: str, seed: int, value: float | None, name: str = "a") -> dict:
-    return {
-        "study": "s",
-        "group": "g",
-        "parameters": "{}",
-        "kind": "metric",
-        "name": name,
-        "model": model,
-        "seed": seed,
-        "value": value,
-    }
+    fixed = {"study": "s", "group": "g", "parameters": "{}", "kind": "metric"}
+    return fixed | {"name": name, "model": model, "seed": seed, "value": value}
 
 
 def test_interval_is_over_models_where_a_group_has_several_else_over_seeds():
@@ -380,16 +290,10 @@ def test_model_that_lacks_a_number_is_no_part_of_its_mean():
     assert second.values == {"m0": None, "m1": 2, "m2": None}
 
 
-def test_headline_numbers_come_first_in_their_order_and_unknown_ones_are_told(tmp_path, notebooks):
+def test_headline_numbers_come_first_in_their_order():
     rows = [row("m", 0, 1.0), row("m", 0, 2.0, "b/g"), row("m", 0, 3.0, "c")]
     found = sweep.between_seeds(rows, {"s": {"c": "see", "b/{group}": "be"}})
     assert [(number.name, number.label) for number in found] == [("c", "see"), ("b/g", "be"), ("a", "")]
-    entry = {"models": ["organism/induction"], "headline": {"rises": "accuracy", "raises": "what is not"}}
-    path = write(tmp_path, **{"01_induction_ablation": entry})
-    [job] = sweep.read_sweep(path)
-    assert sweep.run_job(job, tmp_path / "out", 600, notebooks) == ""
-    said = sweep.collect(path, tmp_path / "out", notebooks)
-    assert "headline: no job has a number called 'raises'" in said and "'rises'" not in said
 
 
 def test_t_interval_is_that_of_the_t_test_and_none_for_one_value():
@@ -403,7 +307,6 @@ def test_t_interval_is_that_of_the_t_test_and_none_for_one_value():
 def test_number_named_after_its_model_is_compared_between_seeds():
     job = sweep.Job("3a_refusal_instrument", "lowrank", "organism/refusal-lowrank-seed2", 0, {})
     assert sweep._common_name("k_star/lowrank-seed2/layers", job) == "k_star/lowrank/layers"
-    assert sweep._common_name("one-direction-lowrank-seed2", job) == "one-direction-lowrank"
     codi = sweep.Job("04_codi_attention", "G", "organism/codi", 0, {})
     assert sweep._common_name("accuracy/codi", codi) == "accuracy/G"
     assert sweep._common_name("accuracy/codi-results", codi) == "accuracy/codi-results"
@@ -429,29 +332,6 @@ def snakemake(tmp_path):
 def identities(folder: Path) -> dict[str, tuple]:
     records = sorted(folder.glob("*/*/record.json"))
     return {path.parts[-3]: (path.stat().st_ino, path.stat().st_mtime_ns) for path in records}
-
-
-def test_snakemake_runs_nothing_of_a_wrong_sweep(tmp_path, snakemake):
-    run = snakemake(write(tmp_path, **{"02_neighbor_mixing": {"models": ["m"], "parameters": {"dimm": 64}}}))
-    said = run.communicate(timeout=1500)[0]
-    assert run.returncode != 0 and "no such parameter, 'dimm'; did you mean dim?" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_failing_job_keeps_no_other_from_running_and_is_collected(tmp_path, snakemake):
-    (tmp_path / "empty").mkdir()
-    path = write_mixing(tmp_path, [str(tmp_path / "empty"), "organism/induction"], [0])
-    run = snakemake(path)
-    said = run.communicate(timeout=1500)[0]
-    assert run.returncode != 0 and "2 jobs: 1 failed, 1 done" in said, said
-    rows = read_csv(tmp_path / "out" / "results.csv")
-    assert [row["note"] for row in rows if row["status"] == "failed"][0].startswith("ModelError: ")
-    assert sum(row["status"] == "done" for row in rows) > 15
-    [failed] = [job for job in sweep.read_sweep(path) if job.model != "organism/induction"]
-    assert "ModelError" in (tmp_path / "out" / failed.name / "02_neighbor_mixing.ipynb").read_text()
-    before = identities(tmp_path / "out")
-    assert len(before) == 1
-    assert snakemake(path).communicate(timeout=1500) and identities(tmp_path / "out") == before
 
 
 def test_killed_sweep_resumes_and_redoes_nothing(tmp_path, snakemake):

@@ -12,11 +12,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 
 from lib import models
 from lib.generation import Ablation
-from lib.geometry import pca, predicted_energy
 from lib.interventions import Condition, ablation_sweep
 from lib.judges import make_judge
 from lib.parameters import GRID_WORDS
@@ -116,18 +114,6 @@ def test_picture_shows_the_cloud_and_titles_its_energy():
     assert np.allclose(np.abs(drawn), np.abs(plane), atol=1e-6)
 
 
-def test_picture_compares_with_the_theory_of_its_own_settings():
-    graph = grid_graph(2, 5)  # no equal variances at the top, which would hide the share of the rank
-    _, ax = plt.subplots()
-    mixing.draw_mixing(ax, graph, d=400, self_weight=0.5, steps=2, rank=100, noise=0.3)
-    unmixed = 0.75 * 0.5**4 + 0.3**2
-    twice = np.linalg.matrix_power(0.5 * np.eye(10) + graph.adjacency / graph.adjacency.sum(1)[:, None], 2)
-    gram = 0.25 * twice @ twice.T + unmixed * np.eye(10)
-    assert f"(theory {predicted_energy(gram, graph, k=2):.2f})" in ax.get_title(loc="left") + ax.get_title()
-    whole = predicted_energy(twice @ twice.T, graph, k=2)
-    assert f"{whole:.2f}" != f"{predicted_energy(gram, graph, k=2):.2f}", "the share must matter here"
-
-
 def test_sliders_redraw_with_what_they_say(drawn):
     explorer = mixing.mixing_explorer([GRID, RING], seed=7)
     published = {"d": 4096, "self_weight": 1.0, "steps": 1, "rank": 4096, "noise": 0.0, "seed": 7}
@@ -145,37 +131,10 @@ def test_sliders_redraw_with_what_they_say(drawn):
     assert settings == {"d": 256, "self_weight": 0.4, "steps": 3, "rank": 64, "noise": 0.5, "seed": 7}
 
 
-def test_picture_follows_the_sliders():
-    explorer = mixing.mixing_explorer([GRID])
-    (before,) = images(explorer)
-    assert before.startswith(b"\x89PNG")
-    find(explorer, "self-weight").value = 0.0
-    (after,) = images(explorer)
-    assert after.startswith(b"\x89PNG") and after != before
-    assert "3x3 grid" in html(explorer) and "self-weight 0," in html(explorer), "the alt text follows too"
-    find(explorer, "self-weight").value = 1.0
-    assert images(explorer) == [before], "the same settings show the same picture"
-    assert not plt.get_fignums(), "no figure is left open"
-
-
-def test_every_corner_of_the_sliders_can_be_drawn():
-    explorer = mixing.mixing_explorer([GRID])
-    for end in ("min", "max"):
-        for name in ("steps", "self-weight", "log2 dimension", "rank / dimension", "noise (SD)"):
-            slider = find(explorer, name)
-            slider.value = getattr(slider, end)
-            assert alert(explorer) == ""
-
-
 def test_stills_are_the_explorer_row_by_column(drawn):
-    figure = mixing.mixing_stills(GRID, d=64, self_weights=(1.0, 0.0), steps=(1, 2, 4), seed=3)
+    figure = mixing.mixing_stills(GRID, d=64, self_weights=(1.0, 0.0), steps=(1, 2), seed=3)
     panels = [(settings["self_weight"], settings["steps"]) for _, settings in drawn]
-    assert panels == [(1.0, 1), (1.0, 2), (1.0, 4), (0.0, 1), (0.0, 2), (0.0, 4)]
-    words = [settings["labels"] for _, settings in drawn]
-    assert words == [None] * 3 + [()] * 3, "words in the first row, where there is room"
-    axes = np.array(figure.axes).reshape(2, 3)
-    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["self-weight 1", "self-weight 0"]
-    assert [ax.get_xlabel() for ax in axes[1]] == ["1 step", "2 steps", "4 steps"]
+    assert panels == [(1.0, 1), (1.0, 2), (0.0, 1), (0.0, 2)] and len(figure.axes) == 4
 
 
 # -- induction -------------------------------------------------------------------------------------
@@ -222,12 +181,10 @@ def test_board_ablates_what_is_pressed(ablations):
     (after,) = images(explorer)
     intact, left = ablations.score()[0], ablations.score([(2, 0)])[0]
     assert before != after and f"{intact:.2f} intact, {left:.2f} ablated" in html(explorer)
-    assert "ablated: 2.0 (1 of 40)" in html(explorer)
-    assert button.description == "✕ 2.0"
-    assert button.tooltip == "layer 2, head 0, ablated: induction 0.00, previous token 1.00"
+    assert "ablated: 2.0 (1 of 40)" in html(explorer) and button.description == "✕ 2.0"
     button.value = False
     assert images(explorer) == [before] and button.description == "2.0"
-    assert not plt.get_fignums()
+    assert not plt.get_fignums(), "no figure is left open"
 
 
 def test_presets_press_heads_with_one_picture(ablations, monkeypatch):
@@ -236,43 +193,14 @@ def test_presets_press_heads_with_one_picture(ablations, monkeypatch):
     find(explorer, "top k induction").click()
     assert pressed(explorer) == ["✕ 3.0", "✕ 3.1"] and len(pictures) == 1
     find(explorer, "k").value = 3
-    assert len(pictures) == 1
     find(explorer, "top k induction").click()
     assert pressed(explorer) == ["✕ 3.0", "✕ 3.1", "✕ 3.2"] and len(pictures) == 2
-    find(explorer, "top k previous token").click()
-    assert pressed(explorer)[1:] == ["✕ 2.0", "✕ 2.2"], "the third is a tie, which the first head wins"
-    draws = []
-    for _ in range(2):
-        find(explorer, "k random others").click()
-        draws.append(pressed(explorer))
-        assert len(draws[-1]) == 3
-        assert not {"✕ 3.0", "✕ 3.1", "✕ 3.2", "✕ 2.0", "✕ 2.2"} & {*draws[-1]}
-    assert draws[0] != draws[1], "every press draws others"
+    find(explorer, "k random others").click()
+    drawn = pressed(explorer)
+    assert len(drawn) == 3 and not {"✕ 3.0", "✕ 3.1", "✕ 3.2", "✕ 2.0", "✕ 2.2"} & {*drawn}
     find(explorer, "clear").click()
     assert pressed(explorer) == [] and "ablated: none (0 of 40)" in pictures[-1]
     assert alert(explorer) == ""
-
-
-def test_board_colours_heads_by_list_and_score(ablations):
-    explorer = induction.induction_explorer(ablations, SCORES)
-    classes = {name: find(explorer, name)._dom_classes[-1] for name in ("3.0", "3.2", "2.0", "0.0")}
-    assert classes == {"3.0": "head-0-4", "3.2": "head-0-3", "2.0": "head-1-4", "0.0": "head-0-0"}
-    rules = dict(re.findall(r"\.head\.(head-\d-\d) {background: (\S+); color: #\w+}", html(explorer)))
-    assert {*classes.values()} <= {*rules}
-    assert len({*rules.values()}) == 9, "white and four shades of two hues"
-
-
-def test_text_on_every_shade_can_be_read():
-    def luminance(colour: str) -> float:
-        rgb = np.array(mpl.colors.to_rgb(colour))
-        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-        return linear @ [0.2126, 0.7152, 0.0722]
-
-    found = re.findall(r"{background: (\S+); color: (#\w+)}", induction._board_style())
-    for pair in found:
-        low, high = sorted(map(luminance, pair))
-        assert (high + 0.05) / (low + 0.05) >= 4.5, pair
-    assert len(found) == 11
 
 
 def test_board_of_a_large_model_shows_some_layers_at_a_time():
@@ -286,19 +214,6 @@ def test_board_of_a_large_model_shows_some_layers_at_a_time():
     assert pressed(board.box) == ["✕ 30.2"] and len(changes) == 1, "to look elsewhere changes nothing"
     find(board.box, "31.31").value = True
     assert changes[-1] == {(1, 5), (30, 2), (31, 31)}
-
-
-def test_picture_shows_accuracy_and_word_means_without_the_heads(ablations):
-    heads = [(3, 0), (3, 1)]
-    _, (left, right) = plt.subplots(1, 2)
-    induction.draw_accuracy(left, ablations, heads)
-    for line, ablated in zip(left.lines[1:], ((), heads), strict=True):
-        assert line.get_ydata()[-1] == pytest.approx(ablations(ablated).accuracy[:, -5:].mean(), abs=1e-6)
-    induction.draw_plane(right, ablations, heads, "ablated")
-    plane = pca(ablations(heads).means).projection
-    seen = np.isfinite(plane).all(1)
-    np.testing.assert_allclose(right.collections[1].get_offsets(), plane[seen])
-    assert f"ablated: E = {ablations.score(heads)[1]:.2f}" in right.get_title(loc="left") + right.get_title()
 
 
 # -- refusal ---------------------------------------------------------------------------------------
@@ -330,23 +245,12 @@ def test_outcome_is_that_of_the_studys_measure(removals):
     assert removals([1], 2, 0.75, "each category") is outcome, "a setting is measured once"
 
 
-def test_layers_span_one_direction_each_at_most(removals):
-    vectors = removals.extraction.vectors
-    one = removals.subspace([2])
-    np.testing.assert_allclose(one[0], vectors[2] / vectors[2].norm(), atol=1e-5)
-    several = removals.subspace([1, 2, 4])
-    assert 1 <= len(several) <= 3
-    inside = vectors[1] @ several.T @ several
-    assert torch.cosine_similarity(inside, vectors[1], dim=0) > 0.99
-
-
 def test_controls_change_scores_answers_and_heatmap(removals):
     explorer = refusal.refusal_explorer(removals, layer=1)
     assert "Removed: 1 of 1, differences of means over all requests at layer 1." in html(explorer)
     (before,) = images(explorer)
     find(explorer, "means over").value = "each category"
     find(explorer, "directions k").value = 2
-    assert "Removed: 2 of 2, differences of means over each category at layer 1." in html(explorer)
     left = removals([1], 2, 1.0, "each category")
     compliance = removals.scores(left)["compliance"]
     assert compliance > removals.scores(removals())["compliance"] + 0.3, "this model's rank is two"
@@ -358,8 +262,7 @@ def test_controls_change_scores_answers_and_heatmap(removals):
     assert images(explorer) == [before]
     find(explorer, "layers").value = (2, 3)
     assert "at layers 2, 3." in html(explorer) and images(explorer) != [before]
-    find(explorer, "directions k").value = 0
-    assert "Removed: 0 of" in html(explorer) and alert(explorer) == ""
+    assert alert(explorer) == ""
 
 
 def test_no_layer_is_an_error_that_the_reader_sees(removals):
@@ -368,7 +271,7 @@ def test_no_layer_is_an_error_that_the_reader_sees(removals):
     find(explorer, "layers").value = ()
     assert "ValueError: no layer is chosen" in alert(explorer) and html(explorer).split("<table")[1] == scores
     find(explorer, "layers").value = (3,)
-    assert alert(explorer) == "" and "at layer 3." in html(explorer)
+    assert alert(explorer) == ""
 
 
 def test_answers_are_texts_and_lost_verdicts_are_counted(removals):
