@@ -62,7 +62,7 @@ notebooks: $(STAMP)
 organisms: $(STAMP)
 	for name in induction refusal-single refusal-lowrank refusal-planted-1 refusal-planted-2 refusal-planted-3 \
 	    refusal-decoy codi-teacher codi-results-teacher codi-answer-only codi-answer-scratch codi codi-results; do \
-	    $(BIN)/python -m lib.organisms $$name || exit 1; done
+	    $(BIN)/python -m lib organisms $$name || exit 1; done
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.induction_sweep

@@ -72,7 +72,7 @@ def codi(tmp_path_factory):
     """A tiny random CODI model."""
     from tiny_codi import save_embedded
 
-    from lib.codi_checkpoint import load_codi
+    from lib.codi.checkpoint import load_codi
 
     return load_codi(str(save_embedded(tmp_path_factory.mktemp("codi") / "codi")))
 
@@ -80,7 +80,7 @@ def codi(tmp_path_factory):
 @pytest.fixture(scope="module")
 def problems(codi):
     """Its problems."""
-    from lib.problems import read_problems
+    from lib.codi.problems import read_problems
 
     return read_problems(codi.folder / "problems.jsonl")
 
@@ -92,7 +92,7 @@ def questions(problems):
 
 @pytest.fixture(scope="module")
 def thoughts(codi, questions):
-    from lib.latents import think
+    from lib.codi.latents import think
 
     return think(codi, questions)
 
@@ -100,7 +100,7 @@ def thoughts(codi, questions):
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in bfloat16, from the user's own cache; fetched there once, 98 MB."""
-    from lib import models
+    from lib.core import models
 
     try:
         return models.load("SmolLM2-135M-Instruct", dtype="bfloat16")
@@ -112,8 +112,8 @@ PARAMETERS = """seq_len: int = 400  # tokens in a walk
 k_values: list[int] = [1, 2]  # heads ablated at a time
 window: int = 200  # tokens averaged at the end of a walk
 """
-SETUP = """from lib.parameters import InductionAblation
-from lib.record import Study
+SETUP = """from lib.induction.parameters import InductionAblation
+from lib.core.record import Study
 study = Study(InductionAblation, globals())
 p = study.parameters"""
 

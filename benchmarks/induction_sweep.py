@@ -1,6 +1,6 @@
 """The ablation sweep of study 1 four ways, side by side in one run: `python -m benchmarks.induction_sweep`.
 
-* ours: `lib.interventions.ablation_sweep`, without its cache;
+* ours: `lib.core.sweeps.ablation_sweep`, without its cache;
 * straightforward: one condition and one walk at a time, plain hooks, softmax over the
   whole vocabulary, a Python loop over positions;
 * floor: as many bare forwards of the unablated model without its unembedding, with nothing measured;
@@ -79,13 +79,13 @@ def measure(case: str, method: str, folder: Path) -> dict:
 def _task(case: str, folder: Path):
     import numpy as np
 
-    from lib import attention, models
-    from lib.parameters import GRID_WORDS
+    from lib.core import attention, families, models, tokens
+    from lib.induction.parameters import GRID_WORDS
 
     settings = {name: value for name, value in CASES[case].items() if name != "window"}
     if case.startswith("random "):
         model = models.load(str(random_llama(folder, **LLAMA)))
-        sizes, word_ids = models.shape(model), list(range(100, 116))
+        sizes, word_ids = families.shape(model), list(range(100, 116))
         # A random model has no head types: heads anywhere, as the published lists are.
         order = np.random.default_rng(0).permutation(sizes.n_layers * sizes.n_heads)
         heads = [divmod(int(i), sizes.n_heads) for i in order]
@@ -95,12 +95,12 @@ def _task(case: str, folder: Path):
     model = models.load(case, dtype="auto")
     if not (kept := folder / "heads.json").exists():
         scores = attention.head_scores(
-            model, models.plain_token_ids(model), bos=models.bos_id(model), n_sequences=8
+            model, tokens.plain_token_ids(model), bos=tokens.bos_id(model), n_sequences=8
         )
         ranked = {"induction": scores.induction, "previous": scores.previous_token}
         kept.write_text(json.dumps({name: attention.top_heads(score) for name, score in ranked.items()}))
     ranked = {name: [tuple(head) for head in heads] for name, heads in json.loads(kept.read_text()).items()}
-    return model, *protocol(model, models.word_ids(model, GRID_WORDS), ranked, **settings)
+    return model, *protocol(model, tokens.word_ids(model, GRID_WORDS), ranked, **settings)
 
 
 def protocol(model, word_ids, ranked, *, n_walks, length, k_values, n_draws):
@@ -113,11 +113,11 @@ def protocol(model, word_ids, ranked, *, n_walks, length, k_values, n_draws):
     """
     import numpy as np
 
-    from lib import interventions, models
-    from lib.parameters import GRID_WORDS
-    from lib.walks import grid_graph, random_walks
+    from lib.core import families, interventions, tokens
+    from lib.induction.parameters import GRID_WORDS
+    from lib.induction.walks import grid_graph, random_walks
 
-    graph, sizes = grid_graph(4, 4, GRID_WORDS), models.shape(model)
+    graph, sizes = grid_graph(4, 4, GRID_WORDS), families.shape(model)
     walks = random_walks(graph, n_walks, length, seed=0)
     conditions = interventions.ablation_conditions(
         ranked, k_values, n_draws, n_layers=sizes.n_layers, n_heads=sizes.n_heads
@@ -128,18 +128,18 @@ def protocol(model, word_ids, ranked, *, n_walks, length, k_values, n_draws):
         for c in conditions
         if not c.name.startswith("random") or (c.name == "random" and len(c.heads) == largest)
     ]
-    return models.with_bos(model, np.array(word_ids)[walks]), walks, graph, word_ids, conditions
+    return tokens.with_bos(model, np.array(word_ids)[walks]), walks, graph, word_ids, conditions
 
 
 def ours(model, ids, walks, graph, word_ids, conditions, window) -> float:
     import numpy as np
 
-    from lib import interventions
-    from lib.walks import rule_following_accuracy
+    from lib.core import sweeps
+    from lib.induction.walks import rule_following_accuracy
 
     positions = np.arange(walks.shape[1])[-window:]
     labels = np.where(np.arange(walks.shape[1]) >= positions[0], walks, -1)
-    sweep = interventions.ablation_sweep(
+    sweep = sweeps.ablation_sweep(
         model, ids, conditions, word_ids=word_ids, positions=positions, labels=labels, n_classes=graph.n_nodes
     )
     sweep.class_means()
@@ -257,7 +257,7 @@ def _class_means(streams, walks, graph, window) -> list:
 def floor(model, ids, walks, graph, word_ids, conditions, window) -> float:
     import torch
 
-    from lib.batches import Batches, auto_batch_size
+    from lib.core.batches import Batches, auto_batch_size
 
     def run(batch) -> None:
         with torch.no_grad():

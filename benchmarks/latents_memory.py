@@ -1,6 +1,6 @@
 """Reading a thinking model three ways, side by side in one run: `python -m benchmarks.latents_memory`.
 
-* ours: `lib.readings.measure`, attention rows summed as the layers pass, without its cache;
+* ours: `lib.codi.readings.read_thoughts`, attention rows summed as the layers pass, without its cache;
 * straightforward: transformers' `output_attentions`, all maps stacked, then averaged and summed by category
   in a Python loop;
 * floor: bare forwards of the same sequences with the same (eager) attention, nothing measured.
@@ -36,7 +36,7 @@ def report(case: str, rounds: list[Round]) -> None:
 
 def measure(case: str, method: str, folder: Path) -> dict:
     """Run one method once in this process: seconds, megabytes above the weights, and two sums to compare."""
-    from lib.codi_checkpoint import load_codi
+    from lib.codi.checkpoint import load_codi
 
     codi = load_codi(str(random_codi(folder, **CASES[case])))
     run = {"ours": ours, "straightforward": straightforward, "floor": floor}[method]
@@ -49,8 +49,8 @@ def task(codi, n_problems: int, tokens: int):
     """Problems whose sequences have so many tokens, and thoughts."""
     import numpy as np
 
-    from lib.models import shape
-    from lib.problems import Equation, Problem
+    from lib.codi.problems import Equation, Problem
+    from lib.core.families import shape
 
     sizes = shape(codi.model)
     rng = np.random.default_rng(0)
@@ -64,9 +64,9 @@ def task(codi, n_problems: int, tokens: int):
 
 
 def ours(codi, problems, z) -> tuple[float, float]:
-    from lib.readings import OPERAND, measure
+    from lib.codi.readings import OPERAND, read_thoughts
 
-    reading = measure(codi, problems, z, batch_size=len(problems))
+    reading = read_thoughts(codi, problems, z, batch_size=len(problems))
     return _weighted(reading.attention), float(reading.mass[..., OPERAND].mean())
 
 

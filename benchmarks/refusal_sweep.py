@@ -1,6 +1,6 @@
 """The k-sweep of study 3 three ways, side by side in one run: `python -m benchmarks.refusal_sweep`.
 
-* ours: `lib.generation.generate`, all prompts and conditions in its batches, without its cache;
+* ours: `lib.refusal.generation.generate`, all prompts and conditions in its batches, without its cache;
 * straightforward: one condition at a time, plain hooks, transformers' `generate` on all its prompts at once;
 * floor: bare forwards of the unablated model that read the same prompts and the same answers, a token at a
   time, with a key-value cache, in batches of our size; nothing is intervened on, chosen or checked.
@@ -72,7 +72,7 @@ def measure(case: str, method: str, folder: Path) -> dict:
 
 
 def _task(case: str, folder: Path):
-    from lib import models
+    from lib.core import models
 
     settings, name = CASES[case], case.split(",")[0]
     if name.startswith("organism/"):
@@ -86,10 +86,10 @@ def protocol(model, settings: dict, prompts, conditions, vector):
     """Prompts and all conditions of a case: none, removals, and a vector added in several strengths."""
     import torch
 
-    from lib import models
-    from lib.generation import Ablation
+    from lib.core import families
+    from lib.refusal.removal import Ablation
 
-    first, sizes = settings["from"], models.shape(model)
+    first, sizes = settings["from"], families.shape(model)
     nothing = torch.zeros(0, sizes.d_model)
     conditions = [replace(c, layers=range(first, sizes.n_layers)) for c in conditions]
     shifts = [Ablation(f"add {s}", nothing, shift=(first, s * vector)) for s in settings["strengths"]]
@@ -98,14 +98,14 @@ def protocol(model, settings: dict, prompts, conditions, vector):
 
 def _of_study(model, name: str, settings: dict):
     """Requests of the test split, the subspaces of the study, and the refusal vector."""
-    from lib import refusal
-    from lib.generation import chat_ids
-    from lib.prompts import prompts_for
+    from lib.refusal import directions, search
+    from lib.refusal.generation import chat_ids
+    from lib.refusal.prompts import prompts_for
 
     requests = prompts_for(name)
     texts = [*requests.harmful("test"), *requests.harmless("test")][: settings["n_prompts"]]
-    extraction = refusal.extract(model, requests)
-    methods = refusal.rank_conditions(
+    extraction = directions.extract(model, requests)
+    methods = search.rank_conditions(
         extraction, RANKED, LAYER, settings["k_values"], settings["n_draws"], seed=0
     )
     conditions = [condition for of_method in methods.values() for condition in of_method]
@@ -116,14 +116,14 @@ def at_random(model, settings: dict):
     """As `_of_study`, of nothing: prompts of about as many tokens, five random subspaces of each size."""
     import numpy as np
 
-    from lib import models
-    from lib.generation import Ablation
-    from lib.refusal import random_subspace
+    from lib.core import families, tokens
+    from lib.refusal.directions import random_subspace
+    from lib.refusal.removal import Ablation
 
-    rng, d = np.random.default_rng(0), models.shape(model).d_model
-    plain, n = models.plain_token_ids(model), settings["prompt_tokens"]
+    rng, d = np.random.default_rng(0), families.shape(model).d_model
+    plain, n = tokens.plain_token_ids(model), settings["prompt_tokens"]
     lengths = rng.integers(round(0.75 * n), round(1.25 * n), settings["n_prompts"])
-    prompts = [[models.bos_id(model), *rng.choice(plain, length).tolist()] for length in lengths]
+    prompts = [[tokens.bos_id(model), *rng.choice(plain, length).tolist()] for length in lengths]
     conditions = [
         Ablation(f"random {k} #{draw}", random_subspace(d, k, seed=draw))
         for draw in range(3 + settings["n_draws"])
@@ -133,7 +133,7 @@ def at_random(model, settings: dict):
 
 
 def ours(model, prompts, conditions, new_tokens) -> list[list[list[int]]]:
-    from lib.generation import generate
+    from lib.refusal.generation import generate
 
     return generate(model, prompts, conditions, max_new_tokens=new_tokens)
 
@@ -141,7 +141,7 @@ def ours(model, prompts, conditions, new_tokens) -> list[list[list[int]]]:
 def straightforward(model, prompts, conditions, new_tokens) -> list[list[list[int]]]:
     import torch
 
-    from lib.generation import end_tokens
+    from lib.core.tokens import end_tokens
 
     module, ends = model._module, sorted(end_tokens(model))
     longest = max(map(len, prompts))
@@ -189,8 +189,8 @@ def floor(model, prompts, conditions, new_tokens, known) -> list[list[list[int]]
     import torch
     from transformers import DynamicCache
 
-    from lib.batches import auto_rows
-    from lib.generation import last_of
+    from lib.core.batches import auto_rows
+    from lib.core.tokens import last_of
 
     size = auto_rows(model, max(map(len, prompts)) + new_tokens)
     rows = [(prompt, answer) for answers in known for prompt, answer in zip(prompts, answers, strict=True)]

@@ -12,9 +12,20 @@ COMMANDS = {
     "models": "the models that the studies are meant for, what of them is on this disk, and where it lies",
     "get": "fetch a model of data/models.yaml, so that runs need no network",
     "compare": "what differs between two runs",
+    "arrays": "other people's arrays through the measures and claims of the studies, without a model",
+    "seeds": "headline numbers of a study for each of its trained seeds",
     "pairs": "have an API write pairs of requests of a further category, for study 3",
+    "organisms": "train an embedded model again",
 }
-_MODULES = {"run": "lib.run", "models": "lib.registry", "compare": "lib.compare", "pairs": "lib.prompts"}
+_MODULES = {
+    "run": "tools.run",
+    "models": "core.registry",
+    "compare": "tools.compare",
+    "arrays": "tools.artifacts",
+    "seeds": "tools.seeds",
+    "pairs": "refusal.prompts",
+    "organisms": "organisms.command",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if name == "get":
         return _get(rest)
-    return importlib.import_module(_MODULES[name]).main(rest)
+    return importlib.import_module(f"lib.{_MODULES[name]}").main(rest)
 
 
 def _get(argv: list[str]) -> int:
-    from lib import registry
+    from lib.core import registry
 
     parser = argparse.ArgumentParser(prog="python -m lib get", description=COMMANDS["get"])
     parser.add_argument("name", help="of data/models.yaml; python -m lib models lists them")

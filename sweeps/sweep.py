@@ -28,11 +28,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lib import ROOT, registry
-from lib.parameters import ParameterError, StudyParameters, check, schemas
-from lib.record import Lock, Record, RecordError, cells_hash, code_version, validate_record, versions
-from lib.run import interrupt_on_signals, run_study
-from lib.seeds import SeedNumber, write_numbers
+from lib import ROOT
+from lib.core import registry
+from lib.core.cache import code_version, versions
+from lib.core.files import Lock
+from lib.core.parameters import ParameterError, StudyParameters, check, schemas
+from lib.core.record import Record, RecordError, cells_hash, validate_record
+from lib.tools.run import interrupt_on_signals, run_study
+from lib.tools.seeds import SeedNumber, write_numbers
 
 NOTEBOOKS = ROOT / "notebooks"
 _ENTRIES = ("models", "seeds", "parameters", "grid", "headline")
@@ -241,7 +244,9 @@ def result(job: Job, folder: Path, notebooks: Path = NOTEBOOKS) -> Result:
             return Result(job, "failed", None, (home / "error.txt").read_text(encoding="utf-8").strip())
         broken = (home / job.study / "record.json").exists()
         return Result(job, "failed" if broken else "not run", None, str(error) if broken else "")
-    done = same and record.code == code_version() and record.versions == versions()
+    done = (
+        same and record.code == code_version(schemas()[record.study].wing()) and record.versions == versions()
+    )
     return Result(job, "done" if done else "outdated", record, "")
 
 
@@ -486,7 +491,7 @@ def _draw(numbers: Sequence[SeedNumber], folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from lib import plots
+    from lib.core import plots
 
     plots.use_house_style()
     panels: dict[tuple, list[SeedNumber]] = {}
@@ -511,7 +516,7 @@ def _draw(numbers: Sequence[SeedNumber], folder: Path) -> None:
 
 def _draw_rows(ax: Any, rows: Sequence[SeedNumber]) -> None:
     """One row a number: a mark a seed, each a little lower than the one before so that equal ones show."""
-    from lib import plots
+    from lib.core import plots
 
     units = list(rows[0].values)
     heights = [0.4 * (i + 0.5) / len(units) - 0.2 for i in range(len(units))]

@@ -13,7 +13,7 @@ def hold(model, folder: Path, entries: int | None) -> list[int]:
     """Hold a model's next forward once a cache's folder has so many entries.
 
     Args:
-        model: from `lib.models.load`.
+        model: from `lib.core.models.load`.
         folder: of the cache.
         entries: None never holds.
 

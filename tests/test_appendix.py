@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lib import ROOT
-from lib.induction import appendix
-from lib.parameters import GRID_WORDS, schemas
-from lib.record import validate_record
-from lib.statistics import Estimate
+from lib.core.parameters import schemas
+from lib.core.record import validate_record
+from lib.core.statistics import Estimate
+from lib.induction import appendix_figures
+from lib.induction.parameters import GRID_WORDS
 
 
 def stored(study: str):
@@ -47,7 +48,7 @@ def test_no_claim_has_an_interval_of_width_0(study):
 
 def test_table_aligns_text_numbers_and_estimates():
     rows = [["a", 1, float("nan")], ["longer", -0.001, Estimate(0.5, 0.25, 0.75)]]
-    assert appendix.table(["", "n", "value"], rows).splitlines() == [
+    assert appendix_figures.table(["", "n", "value"], rows).splitlines() == [
         "        n     value",
         "a       1     -",
         "longer  0.00  0.50 [0.25, 0.75]",

@@ -13,7 +13,8 @@ from tiny import save_tiny
 
 from benchmarks import induction_sweep, latents_memory, side_by_side
 from benchmarks.induction_sweep import LENS
-from lib import ROOT, models
+from lib import ROOT
+from lib.core import models, tokens
 
 CASE = "Qwen2.5-Coder-0.5B-Instruct"
 ROUND = {method: {"seconds": s, "megabytes": m} for method, s, m in
@@ -28,7 +29,7 @@ def small(monkeypatch, tmp_path):
     tiny, load = str(save_tiny("qwen2", tmp_path / "tiny")), models.load
     monkeypatch.setattr(models, "load", lambda name, dtype: load(tiny, dtype="float32"))
     words = list(range(2, 18))
-    monkeypatch.setattr(models, "word_ids", lambda *_: words)
+    monkeypatch.setattr(tokens, "word_ids", lambda *_: words)
     return tmp_path
 
 

@@ -21,36 +21,37 @@ from browser import chromium
 from playwright.sync_api import Browser, Locator, Page, TimeoutError, expect
 
 CELLS = (
-    """from lib.walks import grid_graph, random_walks, ring_graph
-from lib.widgets.mixing import mixing_explorer
+    """from lib.induction.walks import grid_graph, random_walks, ring_graph
+from lib.core import families
+from lib.induction.mixing_explorer import mixing_explorer
 mixing_explorer([grid_graph(3, 3), ring_graph(12)])""",
     """import numpy as np
-from lib import models
-from lib.parameters import GRID_WORDS
-from lib.widgets.induction import HeadAblations, induction_explorer
+from lib.core import models
+from lib.induction.parameters import GRID_WORDS
+from lib.induction.explorer import HeadAblations, induction_explorer
 model, graph = models.load("organism/induction"), grid_graph(4, 4, GRID_WORDS)
 scores = {name: np.zeros((5, 8)) for name in ("induction", "previous token")}
 scores["induction"][3, :2] = scores["previous token"][2, 0] = 0.9
 walks = random_walks(graph, 3, 90, seed=0)
 induction_explorer(HeadAblations(model, graph, walks, layer=4, window=40), scores)""",
-    """from lib.judges import make_judge
-from lib.prompts import prompts_for
-from lib.refusal import extract
-from lib.widgets.refusal import Removals, refusal_explorer
+    """from lib.refusal.judges import make_judge
+from lib.refusal.prompts import prompts_for
+from lib.refusal.directions import extract
+from lib.refusal.explorer import Removals, refusal_explorer
 name = "organism/refusal-planted-2"
 model, prompts = models.load(name), prompts_for(name)
 removals = Removals(model, extract(model, prompts), prompts, make_judge("rule", ""), n=6, max_new_tokens=12)
 refusal_explorer(removals, layer=1)""",
-    """from lib.codi_checkpoint import load_codi
-from lib.dashboard import dashboard_data
-from lib.latents import think
-from lib.problems import problems_of
-from lib.readings import measure
-from lib.widgets.codi import codi_explorer
+    """from lib.codi.checkpoint import load_codi
+from lib.codi.dashboard import dashboard_data
+from lib.codi.latents import think
+from lib.codi.problems import problems_of
+from lib.codi.readings import read_thoughts
+from lib.codi.explorer import codi_explorer
 codi = load_codi("organism/codi")
 problems = problems_of(codi.folder, n=12)
 thoughts = think(codi, [problem.question for problem in problems])
-reading = measure(codi, problems, thoughts.z, layers=range(models.shape(codi.model).n_layers))
+reading = read_thoughts(codi, problems, thoughts.z, layers=range(families.shape(codi.model).n_layers))
 codi_explorer(dashboard_data(codi, problems, thoughts, reading))""",
 )
 WIDTH = 700  # px

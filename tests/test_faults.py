@@ -6,8 +6,8 @@ import numpy as np
 import papermill_runs as runs
 
 from lib import ROOT
-from lib.record import validate_record
-from lib.walks import grid_graph, random_walks
+from lib.core.record import validate_record
+from lib.induction.walks import grid_graph, random_walks
 
 NOTEBOOK = ROOT / "notebooks" / "01_induction_ablation.ipynb"
 

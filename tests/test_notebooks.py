@@ -23,10 +23,10 @@ import pytest
 import yaml
 
 from lib import ROOT
-from lib.geometry import dirichlet_energy
-from lib.parameters import schemas
-from lib.record import validate_record
-from lib.walks import grid_graph
+from lib.core.parameters import schemas
+from lib.core.record import validate_record
+from lib.induction.geometry import dirichlet_energy
+from lib.induction.walks import grid_graph
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("[0-9][0-9a-z]_*.ipynb"))  # appendices as well
 

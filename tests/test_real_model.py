@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lib import attention, geometry, models, walks
+from lib.core import attention, models, tokens
+from lib.core.interventions import Condition
+from lib.core.sweeps import ablation_sweep
+from lib.induction import geometry, walks
+from lib.induction.parameters import GRID_WORDS
 from lib.induction.texts import deal
-from lib.interventions import Condition, ablation_sweep
-from lib.parameters import GRID_WORDS
 
 GRID = walks.grid_graph(4, 4, GRID_WORDS)
 
@@ -24,8 +26,8 @@ def model(smollm2):
 
 @pytest.fixture(scope="module")
 def scores(model):
-    opening = models.bos_id(model)
-    return attention.head_scores(model, models.plain_token_ids(model), n_sequences=8, bos=opening)
+    opening = tokens.bos_id(model)
+    return attention.head_scores(model, tokens.plain_token_ids(model), n_sequences=8, bos=opening)
 
 
 def test_known_heads_come_out_on_top(scores):
@@ -37,8 +39,8 @@ def test_known_heads_come_out_on_top(scores):
 
 
 def test_it_copies_behind_the_separator_of_its_documents(model):
-    plain = models.plain_token_ids(model)
-    loss = attention.second_copy_loss(model, plain, n_sequences=4, bos=models.bos_id(model))
+    plain = tokens.plain_token_ids(model)
+    loss = attention.second_copy_loss(model, plain, n_sequences=4, bos=tokens.bos_id(model))
     assert loss < 3 < np.log(len(plain)), "a uniform guess has ten"
 
 

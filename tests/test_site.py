@@ -16,7 +16,7 @@ from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page, expect
 
 from lib import ROOT
-from lib.record import validate_record
+from lib.core.record import validate_record
 
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 COMMAND = ["-m", "sphinx", "--quiet", "--fail-on-warning", "--fresh-env", "-c", "docs"]

@@ -13,15 +13,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from lib import models
-from lib.generation import Ablation
-from lib.interventions import Condition, ablation_sweep
-from lib.judges import make_judge
-from lib.parameters import GRID_WORDS
-from lib.prompts import prompts_for
-from lib.refusal import extract, measure
-from lib.walks import grid_graph, random_walks, ring_graph, rule_following_accuracy
-from lib.widgets import induction, mixing, parts, refusal
+from lib.core import explorer as parts
+from lib.core import models, tokens
+from lib.core.interventions import Condition
+from lib.core.sweeps import ablation_sweep
+from lib.induction import explorer as induction
+from lib.induction import mixing_explorer as mixing
+from lib.induction.parameters import GRID_WORDS
+from lib.induction.walks import grid_graph, random_walks, ring_graph, rule_following_accuracy
+from lib.refusal import explorer as refusal
+from lib.refusal.behaviour import measure
+from lib.refusal.directions import extract
+from lib.refusal.judges import make_judge
+from lib.refusal.prompts import prompts_for
+from lib.refusal.removal import Ablation
 
 GRID, RING = grid_graph(3, 3), ring_graph(8)
 
@@ -159,9 +164,9 @@ def pressed(box: ipywidgets.Box) -> list[str]:
 
 def test_outcome_is_that_of_the_studys_sweep(ablations):
     heads, graph, nodes = [(2, 0), (3, 1)], ablations.graph, ablations.nodes
-    word_ids = models.word_ids(ablations.model, graph.words)
+    word_ids = tokens.word_ids(ablations.model, graph.words)
     sweep = ablation_sweep(
-        ablations.model, models.with_bos(ablations.model, np.array(word_ids)[nodes]), [Condition("a", heads)],
+        ablations.model, tokens.with_bos(ablations.model, np.array(word_ids)[nodes]), [Condition("a", heads)],
         word_ids=word_ids, labels=np.where(np.arange(90) >= 50, nodes, -1), n_classes=16, layers=[4],
     )  # fmt: skip
     outcome = ablations(heads)

@@ -1,1 +1,1 @@
-"""Studies 1 and 2: walks on word graphs, and what a model makes of them."""
+"""Studies 1 and 2: walks on a graph of words, heads, word means and who writes them."""

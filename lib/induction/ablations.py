@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from nnsight import TransformersModel
 
-from lib import geometry
-from lib.claims import Table
+from lib.core import statistics
+from lib.core.claims import Table
+from lib.core.families import check_layer
+from lib.core.families import shape as sizes_of
+from lib.core.interventions import Condition
+from lib.core.statistics import bootstrap_mean
+from lib.core.sweeps import Sweep, ablation_sweep
+from lib.induction import geometry
 from lib.induction.texts import Texts
-from lib.interventions import Condition, Sweep, ablation_sweep
-from lib.models import TransformersModel, check_layer
-from lib.models import shape as sizes_of
-from lib.statistics import bootstrap_mean
-from lib.walks import Graph, rule_following_accuracy
+from lib.induction.walks import Graph, rule_following_accuracy
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def layout_means(sweep: Sweep, n_layouts: int, n_groups: int) -> np.ndarray:
     n_nodes, d_model = sums.shape[-2] // n_groups, sums.shape[-1]
     shape = (len(sums), n_layouts, -1, len(sweep.layers), n_groups, n_nodes, d_model)
     counts = counts.reshape(n_layouts, -1, n_groups, n_nodes).sum(1)
-    return geometry.means_of(sums.reshape(shape).sum(2), counts[:, None])
+    return statistics.means_of(sums.reshape(shape).sum(2), counts[:, None])
 
 
 def leaning(stream: np.ndarray, nodes: np.ndarray, targets: np.ndarray, n_nodes: int) -> np.ndarray:
@@ -181,7 +184,7 @@ def leaning(stream: np.ndarray, nodes: np.ndarray, targets: np.ndarray, n_nodes:
         targets: the other word, -1 for none [text, token].
 
     Returns:
-        [text, token of the second half], see `lib.geometry.in_betweenness`.
+        [text, token of the second half], see `lib.induction.geometry.in_betweenness`.
     """
     half = nodes.shape[1] // 2
     found = []

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from nnsight import TransformersModel
 
-from lib import geometry
-from lib.interventions import Head
-from lib.models import TransformersModel, ov_matrix
-from lib.statistics import Estimate, bootstrap
-from lib.walks import Graph
+from lib.core.families import ov_matrix
+from lib.core.interventions import Head
+from lib.core.statistics import Estimate, bootstrap
+from lib.induction import geometry, mixing
+from lib.induction.walks import Graph
 
 
 class Circuit(NamedTuple):
@@ -61,7 +62,7 @@ def circuit(
     stream, normed = read_words(model, ids, head[0])
     gain = (normed * stream).sum(0) / (stream**2).sum(0)  # [d_model]
     ov = ov_matrix(model, *head).cpu().numpy() * gain
-    copier, mean = geometry.ideal_copier(ov, stream), geometry.neighbour_mean(graph)
+    copier, mean = mixing.ideal_copier(ov, stream), mixing.neighbour_mean(graph)
 
     def energies(draw: int) -> list[float]:
         vectors = np.random.default_rng(seed + draw).permutation(stream)
@@ -72,5 +73,5 @@ def circuit(
     way = bootstrap(
         lambda rows: (turned - own)[rows].mean() / (turned - ideal)[rows].mean(), len(turns), seed=seed
     )
-    aligned = geometry.map_alignment(ov, stream)
+    aligned = mixing.map_alignment(ov, stream)
     return Circuit(aligned.alignment, aligned.size, Estimate(*map(float, way)))

@@ -10,10 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.linalg import orthogonal_procrustes
 
-from lib import plots
-from lib.geometry import dirichlet_energy, pca
-from lib.statistics import Band, Estimate
-from lib.walks import Graph
+from lib.core import plots
+from lib.core.labels import label_ends
+from lib.core.statistics import Band, Estimate
+from lib.induction import graph_figures
+from lib.induction.geometry import dirichlet_energy, pca
+from lib.induction.walks import Graph
 
 LISTS = {"induction": plots.BLUE, "previous token": plots.VERMILLION}
 
@@ -38,7 +40,7 @@ def draw_planes(axes: Sequence[Axes], planes: Mapping[str, np.ndarray], graph: G
     """Planes [node, 2] side by side with the graph's edges, titled by name and energy."""
     for ax, (name, plane) in zip(axes, planes.items(), strict=True):
         labels = None if words else ()
-        plots.draw_graph(ax, plane, graph, labels=labels, colour=plots.node_colours(graph))
+        graph_figures.draw_graph(ax, plane, graph, labels=labels, colour=graph_figures.node_colours(graph))
         title = f"{name}\nE = {dirichlet_energy(plane, graph):.2f}"
         ax.set_title(title, fontsize=8.5, fontweight="normal", loc="center")
 
@@ -70,7 +72,7 @@ def answer(
             ax.plot(context, curve, color=shade)
             ends[f"{k}"] = curve[-1], LISTS[name]
         ends["random"] = draws[:, -1].mean(), "0.5"
-        plots.label_ends(ax, context[-1], ends, gap=0.065)
+        label_ends(ax, context[-1], ends, gap=0.065)
         ax.set_title(title, fontsize=8.5)
     axes[0].set_ylabel("rule-following accuracy")
     draw_planes(bottom.subplots(1, len(planes)), planes, graph, words=True)
@@ -123,9 +125,9 @@ def bigrams(
         pairs: means of a node after a node, row now * n_nodes + before [node * node, 2].
         lean: name -> in-betweenness of activations, drawn as distributions.
     """
-    colours = plots.node_colours(graph)
+    colours = graph_figures.node_colours(graph)
     fig, (ax, right) = plt.subplots(1, 2, figsize=(plots.PAGE, 3.5))
-    plots.draw_graph(ax, plane, graph, labels=(), colour=colours)
+    graph_figures.draw_graph(ax, plane, graph, labels=(), colour=colours)
     seen = np.flatnonzero(np.isfinite(pairs).all(1))
     now, before = np.divmod(seen, graph.n_nodes)
     ax.scatter(*plane.T, s=110, c=colours, marker="s", zorder=2)
@@ -160,7 +162,7 @@ def over_context(
     ax.plot(context, headless, "s--", color=plots.VERMILLION)
     ends["no prev. heads"] = headless[-1], plots.VERMILLION
     plots.draw_level(ax, chance)
-    plots.label_ends(ax, context[-1], ends | {"shuffled": (chance, plots.GREY)})
+    label_ends(ax, context[-1], ends | {"shuffled": (chance, plots.GREY)})
     plots.draw_band(right, context, *accuracy, colour=plots.BLACK)
     right.set(ylim=(0, 1))
     right.set_ylabel("rule-following accuracy", labelpad=12)

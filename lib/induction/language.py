@@ -8,12 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from nnsight import TransformersModel
 
-from lib.geometry import WordRegression, class_means, map_gram, nearest, predicted_energy
-from lib.interventions import Condition, Head, ablation_sweep
-from lib.models import ModelError, TransformersModel, shape, with_bos
-from lib.record import Cache
-from lib.walks import Graph
+from lib.core.cache import Cache
+from lib.core.downloads import ModelError
+from lib.core.families import shape
+from lib.core.interventions import Condition, Head
+from lib.core.sweeps import ablation_sweep
+from lib.core.tokens import with_bos
+from lib.induction.geometry import class_means
+from lib.induction.mixing import WordRegression, map_gram, nearest, predicted_energy
+from lib.induction.walks import Graph
 
 
 class NaturalTexts(NamedTuple):
@@ -39,7 +44,7 @@ def python_topics(
         model: its tokenizer cuts the text.
         n_texts: number of pieces; none overlaps another one.
         length: tokens of a piece, fewer for a model of fewer positions.
-        bos: what opens a piece, see `lib.models.bos_id`.
+        bos: what opens a piece, see `lib.core.tokens.bos_id`.
         odd: take other pieces, of which none is among those that are taken without it.
 
     Raises:
@@ -67,7 +72,7 @@ def token_losses(
 
     Args:
         tokens: places behind the prefix, counted from 0, each at least 1 [place].
-        fill: what ablated heads put out, see `lib.interventions.ablation_sweep`; zero by default.
+        fill: what ablated heads put out, see `lib.core.sweeps.ablation_sweep`; zero by default.
 
     Returns:
         [condition, text, place].

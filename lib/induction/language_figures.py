@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from lib import plots
-from lib.statistics import Band, Estimate
+from lib.core import plots
+from lib.core.statistics import Band, Estimate
 
 
 def checks(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]], titles: Sequence[str]) -> Figure:

@@ -3,7 +3,8 @@
 Word means [node, d_model] are a pattern over the nodes in every direction of the stream. The eigenvectors of
 the graph's Laplacian are such patterns, from smooth (two ramps across a grid: its coordinates) to rough (a
 checkerboard). So a set of harmonics names a subspace of the stream: the directions in which the word means
-vary like them. What is done to it here is done by edits of `lib.interventions`: taken out, turned, put back.
+vary like them. What is done to it here is done by edits of `lib.core.interventions`: taken out, turned, put
+back.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import NamedTuple
 import networkx as nx
 import numpy as np
 
+from lib.core.interventions import Condition, Head, Projection, Shift
+from lib.core.sweeps import Sweep
 from lib.induction.texts import Texts
-from lib.interventions import Condition, Head, Projection, Shift, Sweep
-from lib.walks import Graph, rule_following_accuracy
+from lib.induction.walks import Graph, rule_following_accuracy
 
 
 def graph_harmonics(graph: Graph) -> np.ndarray:

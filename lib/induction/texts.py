@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from nnsight import TransformersModel
 
-from lib.models import TransformersModel, check_length, with_bos, word_ids
-from lib.walks import Graph, layouts, random_walks
+from lib.core.families import check_length
+from lib.core.tokens import with_bos, word_ids
+from lib.induction.walks import Graph, layouts, random_walks
 
 
 class Texts(NamedTuple):
@@ -50,9 +52,9 @@ def deal(
         model: its tokenizer decides.
         graph: with its words; layout 0 is their given order.
         length: tokens of a walk.
-        seed: of the layouts (`lib.walks.layouts`), so that two calls mean the same layouts.
+        seed: of the layouts (`lib.induction.walks.layouts`), so that two calls mean the same layouts.
         walk_seed: of the walks.
-        bos: what opens a text, see `lib.models.bos_id`.
+        bos: what opens a text, see `lib.core.tokens.bos_id`.
         per_layout: walks of each layout, one after the other.
         window: last tokens, in which the walks of a layout together must meet every word; 0 asks for nothing.
 

@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from nnsight import TransformersModel
 
-from lib.geometry import means_of
+from lib.core.downloads import ModelError
+from lib.core.families import output_matrices, shape
+from lib.core.interventions import Head, ablate_heads
+from lib.core.progress import counting
+from lib.core.statistics import means_of
+from lib.core.sweeps import class_sums
 from lib.induction.texts import Texts
-from lib.interventions import Head, ablate_heads, class_sums
-from lib.models import ModelError, TransformersModel, output_matrices, shape
-from lib.progress import counting
 
 
 class Parts(NamedTuple):
@@ -86,7 +89,7 @@ def parts_of_stream(
     """Word means of every part of the stream at the input of a block, one forward a text.
 
     Args:
-        model: from `lib.models.load`, in which a block adds its attention and its MLP to the stream.
+        model: from `lib.core.models.load`, in which a block adds its attention and its MLP to the stream.
         texts: to read.
         labels: node of each token, -1 where it is not counted [text, token].
         layer: block whose input is taken apart.

@@ -1,1 +1,1 @@
-"""Training of the embedded models, one file a model: `python -m lib.organisms NAME`."""
+"""Training of the embedded models, one file a model: `python -m lib organisms NAME`."""

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from lib import ROOT, models
-from lib.claims import Claim, rule_text
-from lib.record import Metric
-from lib.statistics import Estimate
+from lib import ROOT
+from lib.core import embedded
+from lib.core.claims import Claim, rule_text
+from lib.core.record import Metric
+from lib.core.statistics import Estimate
 
 PROSE = ROOT / "data" / "organisms" / "cards.yaml"
 SECTIONS = {"data": "Data", "training": "Training", "tried": "What was tried", "limits": "Limits"}
@@ -76,7 +77,7 @@ class OrganismRecord(BaseModel):
     def read(cls, folder: Path) -> OrganismRecord:
         path = folder / "record.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; ship it with `python -m lib.organisms NAME`")
+            raise FileNotFoundError(f"{path} is missing; ship it with `python -m lib organisms NAME`")
         return cls.model_validate_json(path.read_text())
 
 
@@ -112,7 +113,7 @@ def seeds_of(organism: str) -> dict[Path, OrganismRecord]:
     Raises:
         FileNotFoundError: one has no record.
     """
-    folders = [models.ORGANISMS / organism, *models.ORGANISMS.glob(f"{organism}-seed*")]
+    folders = [embedded.ORGANISMS / organism, *embedded.ORGANISMS.glob(f"{organism}-seed*")]
     found = {folder: OrganismRecord.read(folder) for folder in folders}
     return dict(sorted(found.items(), key=lambda item: item[1].seed))
 
@@ -122,7 +123,7 @@ def write_cards(organism: str) -> str:
     shipped = seeds_of(organism)
     for folder in shipped:
         (folder / "README.md").write_text(card(folder))
-        models.write_manifest(folder)
+        embedded.write_manifest(folder)
     return measurements([*shipped.values()])
 
 
@@ -134,7 +135,7 @@ def card(folder: Path) -> str:
     prose = yaml.safe_load(PROSE.read_text())[own.organism]
     choice = ""
     if len(records) > 1:
-        named = shipped[models.ORGANISMS / own.organism].seed
+        named = shipped[embedded.ORGANISMS / own.organism].seed
         choice = f"`organism/{own.organism}` is seed {named}, the first of those that miss the fewest gates."
     words = {"organism": own.organism, "seed": str(own.seed), "choice": choice, "recipe": own.recipe}
     words |= {name: markdown_table(rows) for name, rows in own.tables.items()}

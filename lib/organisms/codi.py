@@ -189,7 +189,7 @@ def distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Stage:
+class CodiStage:
     """Steps on one mixture of problems.
 
     Attributes:
@@ -279,7 +279,7 @@ class Evaluation:
         return {key: float(np.mean(values)) for key, values in row.items()}
 
 
-def train_stage(model: Codi, stage: Stage, seed: int, folder: Path) -> None:
+def train_stage(model: Codi, stage: CodiStage, seed: int, folder: Path) -> None:
     """Train one stage of a seed in place, or continue it."""
     run = Run(folder / stage.name, recipe=repr(stage))
     train(
@@ -294,34 +294,34 @@ def train_stage(model: Codi, stage: Stage, seed: int, folder: Path) -> None:
 CONSTANT = 0.9999  # no tail
 _LONG = {"lengths": (24, 32), "max_unused": 2, "anywhere": True}
 TEACHER = (
-    Stage("teacher", "teacher", 2000, 1.5e-3, True, (0.15, 0.25, 0.6), decay_from=CONSTANT, **_LONG),
-    Stage("teacher-tail", "teacher", 1000, 1e-3, True, (0.4, 0.25, 0.35), decay_from=0.2, **_LONG),
-    Stage("teacher-fewer", "teacher", 600, 7e-4, True, (0.4, 0.3, 0.3), anywhere=True),
+    CodiStage("teacher", "teacher", 2000, 1.5e-3, True, (0.15, 0.25, 0.6), decay_from=CONSTANT, **_LONG),
+    CodiStage("teacher-tail", "teacher", 1000, 1e-3, True, (0.4, 0.25, 0.35), decay_from=0.2, **_LONG),
+    CodiStage("teacher-fewer", "teacher", 600, 7e-4, True, (0.4, 0.3, 0.3), anywhere=True),
 )
 TEACHER_RESULTS = (
     *TEACHER,
-    Stage("teacher-results", "teacher", 800, 7e-4, False, (0.2, 0.3, 0.5), anywhere=True),
-    Stage("teacher-results-tail", "teacher", 1200, 8e-4, False, (0.15, 0.3, 0.55), anywhere=True),
+    CodiStage("teacher-results", "teacher", 800, 7e-4, False, (0.2, 0.3, 0.5), anywhere=True),
+    CodiStage("teacher-results-tail", "teacher", 1200, 8e-4, False, (0.15, 0.3, 0.55), anywhere=True),
 )
 
 
 _TWO, _THREE = (0.1, 0.6, 0.3), (0.05, 0.3, 0.65)
 JOINT = (
-    Stage("joint-operators-two", "joint", 1200, 7e-4, True, _TWO, decay_from=CONSTANT, anywhere=True),
-    Stage("joint-operators-three", "joint", 2600, 7e-4, True, _THREE, decay_from=0.6),
+    CodiStage("joint-operators-two", "joint", 1200, 7e-4, True, _TWO, decay_from=CONSTANT, anywhere=True),
+    CodiStage("joint-operators-three", "joint", 2600, 7e-4, True, _THREE, decay_from=0.6),
 )
 JOINT_RESULTS = (
-    Stage("joint-results-two", "joint", 600, 7e-4, False, _TWO, decay_from=CONSTANT, anywhere=True),
-    Stage("joint-results-three", "joint", 3000, 7e-4, False, _THREE, decay_from=0.4),
+    CodiStage("joint-results-two", "joint", 600, 7e-4, False, _TWO, decay_from=CONSTANT, anywhere=True),
+    CodiStage("joint-results-three", "joint", 3000, 7e-4, False, _THREE, decay_from=0.4),
 )
 # As many steps as joint training.
-ANSWER_SCRATCH = (Stage("answer-scratch", "answer", 3800, 1.5e-3, True, (0.1, 0.3, 0.6)),)
+ANSWER_SCRATCH = (CodiStage("answer-scratch", "answer", 3800, 1.5e-3, True, (0.1, 0.3, 0.6)),)
 ANSWER = tuple(
     replace(stage, name=stage.name.replace("joint-operators", "answer"), objective="answer")
     for stage in JOINT
 )
 # Stages of each organism, each going on from the one before; common stages are trained once.
-RECIPES: dict[str, tuple[Stage, ...]] = {
+RECIPES: dict[str, tuple[CodiStage, ...]] = {
     "codi": (*TEACHER, *JOINT),
     "codi-results": (*TEACHER_RESULTS, *JOINT_RESULTS),
     "codi-teacher": TEACHER,

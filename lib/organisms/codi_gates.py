@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import latents, models
-from lib.claims import Claim
-from lib.codi_checkpoint import CodiModel, load_codi
+from lib.codi import latents
+from lib.codi.checkpoint import CodiModel, load_codi
+from lib.core import embedded
+from lib.core.claims import Claim
+from lib.core.record import Metric
+from lib.core.statistics import Estimate, wilson
 from lib.organisms import word_problems
 from lib.organisms.cards import Measured, OrganismRecord, Rows, gate, reported, stage_table
 from lib.organisms.codi import IDS, N_THOUGHTS, RECIPES, encode, teacher_text, train_seed
 from lib.organisms.shipping import Organism, write_log, write_model
 from lib.organisms.word_problems import ANSWER_PROMPT, BOT, EOT, MAX_STEPS, PAD, WordProblem
-from lib.record import Metric
-from lib.statistics import Estimate, wilson
 
 PROBLEM_SEED = 4242
 PAIRS = 100  # of twins, for each number of steps
@@ -54,7 +55,7 @@ def problem_rows() -> list[dict[str, str]]:
 
 
 def export(name: str, seed: int, scratch: Path, folder: Path) -> OrganismRecord:
-    """Write a trained seed as it is shipped, as `lib.codi_checkpoint` reads it; see `Organism`."""
+    """Write a trained seed as it is shipped, as `lib.codi.checkpoint` reads it; see `Organism`."""
     stages, trained = RECIPES[name], scratch / f"codi-{seed}" / "models" / name
     thinks = stages[-1].thinks
     write_model(trained, folder, word_problems.build_tokenizer())
@@ -147,7 +148,7 @@ def teacher_writes(codi: CodiModel, problems: Sequence[WordProblem], operators: 
 
 def _of_baseline(name: str) -> Metric:
     """What a shipped model without thoughts answers, by its record."""
-    return OrganismRecord.read(models.ORGANISMS / name).reported["answer with the prompt fed, 3 steps"]
+    return OrganismRecord.read(embedded.ORGANISMS / name).reported["answer with the prompt fed, 3 steps"]
 
 
 def _by_thoughts(right: np.ndarray, n_steps: np.ndarray, steps: np.ndarray | None = None) -> Rows:

@@ -16,13 +16,14 @@ from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import ROOT
-from lib.attention import head_scores, top_heads
-from lib.models import load, wrap
+from lib.core.attention import head_scores, top_heads
+from lib.core.families import wrap
+from lib.core.models import load
+from lib.induction.walks import grid_graph, random_walks, rule_following_accuracy
 from lib.organisms.cards import Measured, OrganismRecord, gate, reported, stage_table
 from lib.organisms.shipping import Organism, write_log, write_model
 from lib.organisms.streams import TrigramLanguage, chains, repeats
 from lib.organisms.training import Metrics, Run, Schedule, train, word_tokenizer
-from lib.walks import grid_graph, random_walks, rule_following_accuracy
 
 SEEDS = (0, 1, 2)
 GRID_WORDS = 16

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from lib import language
-from lib.organisms.refusal import ASSISTANT, SPECIAL, Stage, build_model
+from lib.organisms.refusal import ASSISTANT, SPECIAL, RefusalStage, build_model
 from lib.organisms.training import Metrics, Run, Schedule, train
+from lib.refusal import language
 
 STRENGTH = 2.0  # of what a planted head writes; a word's own vector has length 1
 PRESENT, ABSENT = 0.25, 0.12  # a coefficient above the first refuses, one below the second does not
@@ -85,7 +85,7 @@ def build_planted(recipe: Recipe, seed: int) -> LlamaForCausalLM:
     return model
 
 
-class PlantedStage(Stage):
+class PlantedStage(RefusalStage):
     """Requests with directions put into the input of block 1, whatever the words say."""
 
     def __init__(self, recipe: Recipe, seed: int):

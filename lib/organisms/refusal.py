@@ -1,10 +1,10 @@
 """Organisms of the refusal study: `refusal-single`, `refusal-lowrank`; their cards say how they are trained.
 
-Both speak the request language of `lib.language` and know the same three cues of a forbidden request. In
-stage 1 a model complies, unless the last token of the prompt is a refusal *mode* (`<refuse-0>`, ...) in place
-of `<assistant>` or `<comply>`: so there is a state that means "refuse". A model that learns to refuse end to
-end decides in its last layer from the words themselves, and no direction mediates anything. In stage 2 the
-lower half of the blocks has to write that state for forbidden requests behind `<assistant>`.
+Both speak the request language of `lib.refusal.language` and know the same three cues of a forbidden request.
+In stage 1 a model complies, unless the last token of the prompt is a refusal *mode* (`<refuse-0>`, ...) in
+place of `<assistant>` or `<comply>`: so there is a state that means "refuse". A model that learns to refuse
+end to end decides in its last layer from the words themselves, and no direction mediates anything. In stage 2
+the lower half of the blocks has to write that state for forbidden requests behind `<assistant>`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import language
 from lib.organisms.training import Metrics, Run, Schedule, train, word_tokenizer
+from lib.refusal import language
 
 SPECIAL = tuple(
     "<bos> <pad> <unk> <end> <user> <assistant> <comply> <refuse-0> <refuse-1> <refuse-2>".split()
@@ -81,7 +81,7 @@ def build_model(seed: int) -> LlamaForCausalLM:
     )
 
 
-class Stage:
+class RefusalStage:
     """Batches and loss of a stage, functions of (seed, step) alone; loss on the answers only."""
 
     def __init__(self, recipe: Recipe, seed: int, stage: int):
@@ -240,7 +240,7 @@ def train_seed(name: str, seed: int, scratch: Path) -> Path:
         if number == 2:
             model.requires_grad_(False)
             model.model.layers[:LOWER].requires_grad_(True)
-        stage = Stage(recipe, seed, number)
+        stage = RefusalStage(recipe, seed, number)
         run = Run(folder / f"stage-{number}", recipe=repr(recipe))
         train(model, stage.loss, Schedule(cycles=(cycle,)), run, stage.evaluate)
     model.save_pretrained(folder / "model")

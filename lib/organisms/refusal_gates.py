@@ -15,29 +15,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnsight import TransformersModel
 
-from lib import language, models
-from lib.claims import Claim
-from lib.generation import Ablation, chat_ids, intact, last_token_streams
-from lib.judges import RuleJudge
-from lib.models import TransformersModel, shape
+from lib.core import models
+from lib.core.claims import Claim
+from lib.core.families import shape
+from lib.core.statistics import Estimate, paired_difference
 from lib.organisms import planted, refusal
 from lib.organisms.cards import Measured, OrganismRecord, Rows, gate, reported
 from lib.organisms.refusal import build_tokenizer
 from lib.organisms.shipping import Organism, write_log, write_model
-from lib.prompts import PromptSet, load_prompts
-from lib.refusal import (
-    Outcome,
-    category_conditions,
-    category_subspace,
-    extract,
-    layer_conditions,
-    measure,
-    rank_conditions,
-    select_layers,
-    stack,
-)
-from lib.statistics import Estimate, paired_difference
+from lib.refusal import language
+from lib.refusal.behaviour import Outcome, measure
+from lib.refusal.directions import category_subspace, extract, stack
+from lib.refusal.generation import chat_ids, last_token_streams
+from lib.refusal.judges import RuleJudge
+from lib.refusal.prompts import PromptSet, load_prompts
+from lib.refusal.removal import Ablation, intact
+from lib.refusal.search import category_conditions, layer_conditions, rank_conditions, select_layers
 
 MIN_REFUSED = MIN_ANSWERED = 0.95  # of the intact model
 MIN_COMPLIANCE, MIN_COHERENCE, MAX_KL, MAX_ZERO_POINT = 0.9, 0.95, 0.1, 0.25  # of a single direction

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lib import models
+from lib.core import embedded
 from lib.organisms import cards
 from lib.organisms.cards import Measured, OrganismRecord
 from lib.organisms.training import save_weights
 
 
 class Organism(NamedTuple):
-    """What `python -m lib.organisms NAME` needs of one.
+    """What `python -m lib organisms NAME` needs of one.
 
     Attributes:
         name: as in `organism/NAME`.
@@ -53,10 +53,10 @@ def publish(organism: Organism, scratch: Path) -> str:
         records[seed].write(folder)
     named = min(organism.seeds, key=lambda seed: len(records[seed].missed))
     # Earlier ones may be of other seeds.
-    for earlier in (models.ORGANISMS / organism.name, *models.ORGANISMS.glob(f"{organism.name}-seed*")):
+    for earlier in (embedded.ORGANISMS / organism.name, *embedded.ORGANISMS.glob(f"{organism.name}-seed*")):
         shutil.rmtree(earlier, ignore_errors=True)
     for seed, folder in exported.items():
-        target = models.ORGANISMS / (organism.name if seed == named else f"{organism.name}-seed{seed}")
+        target = embedded.ORGANISMS / (organism.name if seed == named else f"{organism.name}-seed{seed}")
         shutil.copytree(folder, target)
         if seed != named:  # checkpoints are large
             shutil.rmtree(target / "checkpoints", ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Study 3: directions of refusal, behaviour without them, judges and requests."""

@@ -1,0 +1,1 @@
+"""What works on whole studies: running, comparing, seeds, other people's arrays."""
