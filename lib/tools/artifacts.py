@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--figures", type=Path, metavar="FOLDER", help="draw what there is, a PNG a file")
     options = parser.parse_args(argv)
     try:
+        if unclear := [pair for pair in options.name if "=" not in pair]:
+            raise ArtifactError(f"--name {unclear[0]}: write OURS=THEIRS, such as class_means=layer_26_means")
         names, graph = dict(pair.split("=", 1) for pair in options.name), grid_graph(*options.grid)
         for path in options.files:
             arrays = read_arrays(path, names)

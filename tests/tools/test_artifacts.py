@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 
 from lib import ROOT
+from lib.__main__ import main
 from lib.core import attention, models, statistics, sweeps
 from lib.core.claims import ClaimsTable
 from lib.core.record import validate_record
@@ -273,3 +275,20 @@ def test_arrays_at_odds_with_the_question_are_named(arrays, graph, culprit):
 def test_nothing_to_draw_is_named():
     with pytest.raises(ArtifactError, match="graph"):
         draw({"class_means": MEANS})
+
+
+def test_command_says_what_is_found_and_names_what_can_not_be_read(tmp_path, capsys):
+    means = np.random.default_rng(0).normal(size=(9, 6))
+    np.savez(tmp_path / "theirs.npz", layer_26=means)
+    words = ["arrays", str(tmp_path / "theirs.npz"), "--grid", "3", "3"]
+    assert main([*words, "--name", "class_means=layer_26", "--figures", str(tmp_path / "figures")]) == 0
+    said = capsys.readouterr().out
+    energy = geometry.plane_energy(means, grid_graph(3, 3))
+    assert (
+        re.search(rf"^energy +{energy:.3g}", said, re.MULTILINE)
+        and "The word means lie like the graph" in said
+    )
+    assert (tmp_path / "figures" / "theirs.png").read_bytes().startswith(b"\x89PNG")
+    for wrong, culprit in (("class_means=layer_27", "layer_27"), ("layer_26", "--name layer_26")):
+        assert main([*words, "--name", wrong]) == 1
+        assert culprit in capsys.readouterr().err

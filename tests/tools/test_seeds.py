@@ -11,6 +11,7 @@ import statistics
 import pytest
 
 from lib import ROOT
+from lib.__main__ import main
 from lib.core.parameters import schemas
 from lib.core.record import validate_record
 from lib.tools.seeds import SHIPPED, SeedsError, read_numbers, seeds_table, write_numbers
@@ -112,3 +113,10 @@ def test_file_that_no_sweep_wrote_is_refused(tmp_path, old, new):
     (tmp_path / "bad.csv").write_bytes(SHIPPED.read_bytes().replace(old, new))
     with pytest.raises(SeedsError, match="bad.csv"):
         read_numbers(tmp_path / "bad.csv")
+
+
+def test_command_prints_the_table_or_says_which_there_are(capsys):
+    assert main(["seeds", "04_codi_attention"]) == 0
+    assert capsys.readouterr().out == seeds_table("04_codi_attention") + "\n"
+    assert main(["seeds", "05_none"]) == 1
+    assert "05_none" in capsys.readouterr().err
